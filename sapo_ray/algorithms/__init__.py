@@ -1,0 +1,1 @@
+"""The mathematics: gates, losses, advantages, corrections, token log-probs, diagnostics."""

@@ -1,0 +1,1 @@
+"""The job: one model for file, command line and API; loading, presets, estimates."""

@@ -1,0 +1,1 @@
+"""Prompts: sources, templates, gold answers, a seeded and resumable order."""

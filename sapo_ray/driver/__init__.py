@@ -1,0 +1,1 @@
+"""Orchestration: start with driver.py."""

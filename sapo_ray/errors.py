@@ -1,0 +1,55 @@
+"""Every error this package raises for its users.
+
+    SapoRayError
+    |-- ConfigError          a job file, override or key is wrong: says field, value, bound, remedy
+    |-- DataError            a data set is missing, malformed or unusable: says file and line
+    |-- ModelError           a model or tokenizer cannot be loaded or is of an unsupported kind
+    |-- WeightsRefused       weights arrived damaged or incomplete, or failed the canary
+    |-- WorkerLost           an actor died or stopped answering
+    |-- DeadlineExceeded     a named, bounded wait ran out
+    |-- CheckpointError      a checkpoint is missing, damaged, or does not fit the job
+    |-- ResourceError        too little disk, memory, shared memory or cluster capacity
+    `-- TrainingFailed       the run itself cannot go on: says why and what was kept
+
+All are picklable with their message alone, because they cross process borders.
+"""
+
+
+class SapoRayError(Exception):
+    """Base of all errors of this package; the message is meant for the user."""
+
+
+class ConfigError(SapoRayError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+
+
+class DataError(SapoRayError, ValueError):
+    """A data source is missing, malformed or cannot be used as asked."""
+
+
+class ModelError(SapoRayError):
+    """A model or tokenizer cannot be loaded, or is of a kind that is not supported."""
+
+
+class WeightsRefused(SapoRayError):
+    """A weight update was damaged, incomplete, or failed the canary; nothing may be generated under it."""
+
+
+class WorkerLost(SapoRayError):
+    """An actor died or stopped answering."""
+
+
+class DeadlineExceeded(SapoRayError, TimeoutError):
+    """A named wait ran out of time."""
+
+
+class CheckpointError(SapoRayError):
+    """A checkpoint is missing, damaged, or belongs to another job."""
+
+
+class ResourceError(SapoRayError):
+    """Disk, memory, shared memory or cluster capacity is not enough."""
+
+
+class TrainingFailed(SapoRayError):
+    """The run cannot go on."""

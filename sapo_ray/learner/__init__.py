@@ -1,0 +1,1 @@
+"""Optimization: DeepSpeed ranks, and the group of them."""

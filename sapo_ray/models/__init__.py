@@ -1,0 +1,1 @@
+"""Models: loading, and the tiny ones that are made on the spot."""

@@ -1,0 +1,1 @@
+"""Sampling: vLLM engines in actors, and the pool of them."""

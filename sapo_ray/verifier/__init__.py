@@ -1,0 +1,1 @@
+"""Grading: answers in processes that may be killed, and the pool of them."""

@@ -1,0 +1,1 @@
+"""What the sender and the receivers of policy weights share: layout of buckets and the fingerprint."""

@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests. Expensive parts (Ray, models) are made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference files that may lie beside the checkout; tests on them skip where they are absent."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not (path / "vectors").is_dir():
+        pytest.skip("no ../shared beside this checkout: tests on its reference files are skipped")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray for all tests of a session."""
+    import tempfile
+
+    import ray
+
+    # Socket paths are limited to about 100 characters, so not under pytest's long temporary path.
+    with tempfile.TemporaryDirectory(prefix="sapo-") as folder:
+        ray.init(
+            num_cpus=16,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=1 << 30,
+            _temp_dir=folder,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
+        )
+        yield
+        ray.shutdown()
