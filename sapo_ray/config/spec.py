@@ -8,20 +8,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Gate = Literal["sigmoid", "erf", "arctan", "softsign", "clip"]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-6` as a string; people mean the number."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value
 
 
 class Section(BaseModel):
@@ -29,10 +24,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _scientific_notation(cls, values: Any) -> Any:
-        return {k: _number(v) for k, v in values.items()} if isinstance(values, dict) else values
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1; a job that says `workers: yes` means something else."""
+        kinds = str(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and "bool" not in kinds and re.search(r"\b(int|float)\b", kinds):
+            raise PydanticCustomError("bool_for_a_number", "a number is wanted")
+        return value
 
 
 class ModelSpec(Section):
@@ -119,10 +118,10 @@ class AlgorithmSpec(Section):
     """Scale tau so that every gate has the half-width of the sigmoid at that tau."""
     restoring: bool = False
     """Keep the full pull back towards r = 1 (docs/algorithm.md); for training with r far from 1."""
-    restoring_cap: Positive = 3.0
+    restoring_cap: Annotated[float, Field(ge=1)] = 3.0
     """Largest coefficient on the restoring side where the advantage is negative."""
     eps_low: Positive | None = None
-    """Lower clip distance; default 0.2, gspo 3e-4. Also the counterfactual of the clip metrics."""
+    """Lower clip distance; default 0.2, gspo 3e-4, cispo none. With sapo, grpo: also what the clip metrics ask."""
     eps_high: Positive | None = None
     """Upper clip distance; default 0.2, gspo 4e-4, cispo 4.0 (weights above 1 + eps_high are cut)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
@@ -135,8 +134,8 @@ class AlgorithmSpec(Section):
     """`decoupled`: recomputed by the learner at the start of the step; `bypass`: the sampler's own."""
     correction: Literal["tis", "icepop", "sequence_mask", "sequence_mask_tis", "product_mask", "none"] = "tis"
     """Train-inference mismatch correction (decoupled only)."""
-    correction_cap: Positive | None = None
-    """Bound C: tis 2.0, sequence_mask 1.05, product_mask 3.0; icepop keeps [0.5, 5]."""
+    correction_cap: Annotated[float, Field(gt=1)] | None = None
+    """Bound C. Default: tis 2.0, icepop 5.0 (keeps [0.5, C]), sequence masks 1.05, product_mask 3.0."""
     mask_truncated: bool = False
     """Truncated completions count in denominators but carry no loss."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
@@ -240,7 +239,7 @@ class LearnerSpec(Section):
     """Final learning rate as a share of lr."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     """Updates of linear warm-up."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW."""
     eps: Positive = 1e-8
     """AdamW."""
@@ -340,27 +339,30 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> JobSpec:
+        problems = []
         if self.learner.mini_batches > self.rollout.prompts_per_step:
-            raise ValueError(
+            problems.append(
                 f"learner.mini_batches must be <= rollout.prompts_per_step ({self.rollout.prompts_per_step}), "
                 f"got {self.learner.mini_batches}; a mini-batch holds whole groups"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if self.learner.tokens_per_micro_batch < longest:
-            raise ValueError(
+            problems.append(
                 "learner.tokens_per_micro_batch must be >= "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}, "
                 f"got {self.learner.tokens_per_micro_batch}; one sample must fit"
             )
         if self.model.warm_start_accuracy is not None and self.model.path != "builtin:addition":
-            raise ValueError(
+            problems.append(
                 f"model.warm_start_accuracy belongs to model.path: builtin:addition, got {self.model.path!r}; remove it"
             )
         if self.algorithm.overlong_buffer >= self.rollout.max_new_tokens:
-            raise ValueError(
+            problems.append(
                 f"algorithm.overlong_buffer must be < rollout.max_new_tokens ({self.rollout.max_new_tokens}), "
-                f"got {self.algorithm.overlong_buffer}"
+                f"got {self.algorithm.overlong_buffer}; shorten it, or 0 switches the penalty off"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @property

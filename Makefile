@@ -1,0 +1,74 @@
+# make setup        a virtual environment in .venv with everything pinned (GPU=1: the CUDA set)
+# make quickstart   train the smallest job, on two CPU cores
+# make test         set up and run all tests; make test-fast: only those without real engines
+# make check        format, lint, types and layers, as every commit should pass; make format: apply the format
+# make docs         write docs/jobs.md again from the job's own description
+# make clean        remove .venv and caches
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+GPU ?=
+SET := $(if $(GPU),gpu,cpu)
+OTHER := $(if $(GPU),cpu,gpu)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
+
+# The public home of torch's CPU builds. Where it cannot be reached, pip goes on with the index it has.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep '^torch==' requirements/$(SET).lock)
+
+PATHS := sapo_ray tests scripts $(wildcard benchmarks examples)
+
+.PHONY: help setup quickstart test test-fast check format docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+setup: $(VENV)/.project
+
+# The project itself, editable; again whenever its metadata changes.
+$(VENV)/.project: $(VENV)/.locked-$(SET) pyproject.toml
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+# Everything else, exactly as locked. torch first and by itself: deepspeed builds against it.
+$(VENV)/.locked-$(SET): requirements/$(SET).lock
+	@$(PYTHON) scripts/check_machine.py
+	@if [ -e $(VENV)/.locked-$(OTHER) ]; then echo "$(VENV) holds the $(OTHER) set; run 'make clean' first" >&2; exit 1; fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH)"
+	@$(PIP) $(TORCH) $(if $(GPU),,--retries 1 --extra-index-url $(TORCH_CPU_INDEX))
+	@echo "installing requirements/$(SET).lock"
+	@grep -v -E '^(#|torch==|deepspeed==)' $< > $(VENV)/rest.txt
+	@$(PIP) --requirement $(VENV)/rest.txt
+	@$(PIP) --no-build-isolation $$(grep '^deepspeed==' $<)
+	@$(BIN)/python scripts/check_torch.py $(SET)
+	@echo "compiling bytecode"
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compileall.log 2>&1 || true  # templates among the files do not compile
+	@touch $@
+
+quickstart: setup
+	$(BIN)/sapo-ray train configs/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not integration and not slow and not gpu"
+
+check: setup
+	$(BIN)/ruff format --check $(PATHS)
+	$(BIN)/ruff check $(PATHS)
+	$(BIN)/mypy --strict sapo_ray
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format $(PATHS)
+	$(BIN)/ruff check --fix $(PATHS)
+
+docs: setup
+	$(BIN)/python -m sapo_ray.config.reference > docs/jobs.md
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
