@@ -54,7 +54,7 @@ def token_logprobs(
     assert targets.shape == hidden.shape[:1], (targets.shape, hidden.shape)
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     chunk = chunk_tokens or default_chunk_tokens(hidden.shape[0], weight.shape[0])
-    logp, entropy = _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)
+    logp, entropy = _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)  # type: ignore[no-untyped-call]
     return TokenLogprobs(logp, entropy)
 
 
@@ -80,7 +80,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logp is None:
             return None, None, None, None, None
