@@ -156,6 +156,8 @@ class Grading:
     """Named summands of the reward, e.g. {"answer": 1.0, "format": 0.5}."""
     reason: str = ""
     """Machine-readable: `match`, `mismatch`, `no_answer`, `timeout`, `crash`, `gold_unparseable`, `too_long`, ..."""
+    detail: str = ""
+    """For people: the exception of a reward function, the exit status of a process; at most 500 characters."""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
