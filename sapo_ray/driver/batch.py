@@ -1,0 +1,124 @@
+"""From graded groups to a training batch: which groups count, and what each completion's advantage is.
+
+Pure functions of graded groups, so that a resumed run decides as the first one did.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from sapo_ray.algorithms.advantages import advantages, overlong_penalty
+from sapo_ray.algorithms.settings import Objective
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver.collector import GradedCompletion, GradedGroup
+from sapo_ray.types import DropReason, PolicyVersion, TrainSample, Verdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """The groups of one step and their samples."""
+
+    groups: tuple[GradedGroup, ...]
+    samples: tuple[TrainSample, ...]
+
+    def advantages_by_group(self) -> dict[str, list[tuple[int, float]]]:
+        """(sample index, advantage) per group, for the ledger."""
+        rows: dict[str, list[tuple[int, float]]] = {group.prompt.id: [] for group in self.groups}
+        for sample in self.samples:
+            rows[sample.group_id].append((sample.sample_index, round(sample.advantage, 6)))
+        return rows
+
+
+def graded(group: GradedGroup) -> list[GradedCompletion]:
+    """Completions with a verdict about the answer; errors say nothing and leave the group's statistics."""
+    return [c for c in group.completions if c.grading.verdict is not Verdict.ERROR]
+
+
+def oldest_version(group: GradedGroup) -> PolicyVersion:
+    """Version of the oldest token of a group."""
+    return min(completion.meta.oldest for completion in group.completions)
+
+
+def reason_to_drop(group: GradedGroup, spec: JobSpec, learner_number: int) -> DropReason | None:
+    """Why a group must not be trained on at all, or None."""
+    if group.failed is not None:
+        return group.failed
+    if len(graded(group)) < max(2, spec.rollout.group_size / 2):
+        return DropReason.VERIFIER_ERRORS
+    if learner_number - oldest_version(group).number > spec.rollout.max_staleness:
+        return DropReason.STALE
+    return None
+
+
+def reward_of(completion: GradedCompletion, spec: JobSpec) -> float:
+    """The verifier's reward and the overlong penalty."""
+    assert completion.grading.reward is not None
+    return completion.grading.reward + overlong_penalty(
+        completion.meta.tokens, spec.rollout.max_new_tokens, spec.algorithm.overlong_buffer
+    )
+
+
+def has_signal(group: GradedGroup, spec: JobSpec) -> bool:
+    """Whether rewards differ within the group; equal ones give advantages of exactly 0."""
+    rewards = [reward_of(completion, spec) for completion in graded(group)]
+    return max(rewards) > min(rewards)
+
+
+def make_batch(groups: list[GradedGroup], spec: JobSpec, objective: Objective) -> Batch:
+    """Advantages over each group's graded completions, one TrainSample for each."""
+    kept = [graded(group) for group in groups]
+    rewards = [[reward_of(completion, spec) for completion in completions] for completions in kept]
+    samples = []
+    for completions, group_rewards, group_advantages in zip(
+        kept, rewards, advantages(objective.advantage, rewards), strict=True
+    ):
+        for completion, reward, advantage in zip(completions, group_rewards, group_advantages, strict=True):
+            meta = completion.meta
+            samples.append(
+                TrainSample(
+                    group_id=meta.group_id,
+                    sample_index=meta.sample_index,
+                    prompt_tokens=meta.prompt_tokens,
+                    tokens=meta.tokens,
+                    reward=reward,
+                    advantage=advantage,
+                    truncated=meta.truncated,
+                    masked=spec.algorithm.mask_truncated and meta.truncated,
+                    spans=meta.spans,
+                    payload=completion.payload,
+                )
+            )
+    return Batch(groups=tuple(groups), samples=tuple(samples))
+
+
+def batch_metrics(batch: Batch, spec: JobSpec, learner_number: int) -> dict[str, float]:
+    """What rewards, lengths, ages and verdicts were like in a batch."""
+    completions = [completion for group in batch.groups for completion in group.completions]
+    verdicts = Counter(completion.grading.verdict for completion in completions)
+    decided = verdicts[Verdict.CORRECT] + verdicts[Verdict.WRONG]
+    lengths = np.array([completion.meta.tokens for completion in completions])
+    rewards = np.array([sample.reward for sample in batch.samples])
+    ages = [learner_number - completion.meta.oldest.number for completion in completions]
+    metrics = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/accuracy": verdicts[Verdict.CORRECT] / max(decided, 1),
+        "reward/zero_signal_groups": float(sum(not has_signal(group, spec) for group in batch.groups)),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "length/truncated": float(np.mean([completion.meta.truncated for completion in completions])),
+        "verifier/errors": float(verdicts[Verdict.ERROR]),
+        "verifier/error_rate": verdicts[Verdict.ERROR] / len(completions),
+        "age/sample_max": float(max(ages)),
+        "age/sample_mean": float(np.mean(ages)),
+        "rollout/reissues": float(sum(group.reissues for group in batch.groups)),
+        "rollout/tokens": float(lengths.sum()),
+    }
+    parts: dict[str, list[float]] = {}
+    for completion in completions:
+        for name, value in completion.grading.parts.items():
+            parts.setdefault(name, []).append(value)
+    return metrics | {f"reward/part_{name}": float(np.mean(values)) for name, values in parts.items()}

@@ -1,0 +1,392 @@
+"""The driver: one loop from prompts to weights. Read this first.
+
+    PromptSource --> window of outstanding groups --> next batch --> learner --> publish --> workers
+                        |  one Collector task each        |             |           |          |
+                        |  (rollout, then verifier)       |             |           |          |
+                        ^                                 |             |           |          |
+                        +------- slots given back once the workers have taken over ------------+
+
+    who             consumes              produces            waits for                     is unblocked by
+    _fill           prompts, free slots   outstanding groups  a free slot                   _publish, a drop
+    Collector       one prompt            one graded group    a worker, then a verifier     the pools
+    _next_batch     graded groups         a Batch             the next group in issue order Collector
+    _train          a Batch               new weights         the learner                   the learner
+    _publish        new weights           a version           the workers' takeover         the rollout pool
+
+`max_staleness` is only the number of slots: (max_staleness + 1) batches. With 0, nothing is generated while the learner
+works and every sample is on-policy; with k, generation runs k batches ahead. There is no second loop.
+
+The driver sees ids, lengths, versions, rewards and refs; tokens and tensors never pass through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sapo_ray.algorithms.settings import Objective
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver.batch import Batch, batch_metrics, has_signal, make_batch, reason_to_drop
+from sapo_ray.driver.checkpoint import Checkpoints
+from sapo_ray.driver.collector import Collector, GradedGroup
+from sapo_ray.driver.evaluation import Evaluation, evaluate
+from sapo_ray.driver.journal import Journal
+from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Verifiers
+from sapo_ray.driver.rundir import superseded
+from sapo_ray.driver.state import DriverState, restore_window, save_state
+from sapo_ray.driver.tracking import Tracker
+from sapo_ray.driver.window import Entry, Window
+from sapo_ray.errors import DeadlineExceeded, TrainingFailed
+from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
+
+ERROR_RATE_CONDITION = 0.05
+STALE_RATE_CONDITION = 0.01
+DROPS_IN_A_ROW = 10
+"""Batches' worth of groups dropped without one kept before the run fails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """The pools a driver runs."""
+
+    rollouts: Rollouts
+    verifiers: Verifiers
+    learner: Learner
+    payloads: Payloads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a finished run achieved."""
+
+    steps: int
+    before: Evaluation | None
+    after: Evaluation | None
+    seconds: dict[str, float]
+    published: Published
+
+
+class Driver:
+    """Runs one attempt of one job."""
+
+    def __init__(
+        self,
+        *,
+        spec: JobSpec,
+        objective: Objective,
+        attempt: int,
+        run_dir: Path,
+        prompts: Prompts,
+        evaluation_prompts: list[Prompt],
+        parts: Parts,
+        journal: Journal,
+        checkpoints: Checkpoints,
+        trackers: list[Tracker],
+    ) -> None:
+        self._spec = spec
+        self._objective = objective
+        self._attempt = attempt
+        self._run_dir = run_dir
+        self._prompts = prompts
+        self._evaluation_prompts = evaluation_prompts
+        self._parts = parts
+        self._journal = journal
+        self._checkpoints = checkpoints
+        self._trackers = trackers
+        self._collector = Collector(spec, parts.rollouts, parts.verifiers, journal)
+        self._window = Window(capacity=(spec.rollout.max_staleness + 1) * spec.rollout.prompts_per_step)
+        self._step = 0
+        self._published: Published | None = None
+        self._before: Evaluation | None = None
+        self._seconds: Counter[str] = Counter()
+        self._drops: Counter[DropReason] = Counter()
+
+    async def run(self, checkpoint: Path | None) -> Outcome:
+        """Train to the last step, from the start or from `checkpoint`."""
+        try:
+            await self._begin(checkpoint)
+            self._journal.event("phase", phase="train", step=self._step, steps=self._spec.steps)
+            while self._step < self._spec.steps:
+                self._stop_if_superseded()
+                self._drops.clear()
+                batch = await self._next_batch()
+                metrics = await self._train(batch)
+                metrics |= await self._publish()
+                self._window.release()
+                self._fill()
+                await self._record(batch, metrics)
+                await self._checkpoint_if_due()
+                await self._evaluate_if_due()
+            if self._step == 0:
+                raise TrainingFailed("no training step was taken; steps must be >= 1 and data must not be empty")
+            after = await self._evaluate("evaluate_after", sampled=True)
+            assert self._published is not None
+            return Outcome(
+                steps=self._step,
+                before=self._before,
+                after=after,
+                seconds=dict(self._seconds),
+                published=self._published,
+            )
+        finally:
+            await self._window.cancel()
+
+    def _stop_if_superseded(self) -> None:
+        if superseded(self._run_dir, self._attempt):
+            raise TrainingFailed(
+                f"attempt {self._attempt} of {self._run_dir} was superseded by a later one, which goes on with the run"
+            )
+
+    # --- beginning -------------------------------------------------------------------------------------------------
+
+    async def _begin(self, checkpoint: Path | None) -> None:
+        """Initial or restored weights to all workers, then prompts: nothing is issued under other weights."""
+        state = None
+        if checkpoint is not None:
+            with self._phase("restore"):
+                state = DriverState.read(checkpoint, self._prompts.fingerprint)
+                await self._parts.learner.load(checkpoint / "learner")
+                self._step = state.step
+                self._before = state.before
+                self._seconds.update(state.seconds)
+                self._prompts.restore(state.prompts)
+            self._journal.event("rollback", to_step=self._step, checkpoint=checkpoint.name)
+        await self._publish()
+        if state is None:
+            self._before = await self._evaluate("evaluate_before", sampled=True)
+        else:
+            assert checkpoint is not None
+            await restore_window(state, checkpoint, self._window, self._parts.payloads, self._collect)
+            for entry in self._window.entries:
+                self._journal.ledger("issued", group=entry.prompt.id, index=entry.prompt.index, restored=True)
+        self._fill()
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Issue prompts while slots are free and steps are left that need them."""
+        needed = (self._spec.steps - self._step) * self._spec.rollout.prompts_per_step
+        while self._window.free() > 0 and len(self._window.entries) < needed:
+            prompt = self._prompts.take()
+            self._journal.ledger("issued", group=prompt.id, index=prompt.index, version=str(self._version()))
+            self._window.issue(prompt, lambda prompt=prompt: asyncio.create_task(self._collect(prompt)))  # type: ignore[misc]
+
+    async def _collect(self, prompt: Prompt) -> GradedGroup:
+        """One training group, and its line in the ledger."""
+        rollout = self._spec.rollout
+        group = await self._collector.collect(
+            prompt,
+            samples=rollout.group_size,
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+        )
+        self._journal.ledger(
+            "graded",
+            group=prompt.id,
+            completions=[
+                {
+                    "i": c.meta.sample_index,
+                    "tokens": c.meta.tokens,
+                    "finish": c.meta.finish_reason,
+                    "worker": c.meta.worker,
+                    "spans": [[str(span.version), span.start, span.end] for span in c.meta.spans],
+                    "verdict": c.grading.verdict,
+                    "reward": c.grading.reward,
+                    "reason": c.grading.reason,
+                }
+                for c in group.completions
+            ],
+        )
+        return group
+
+    async def _next_batch(self) -> Batch:
+        """The next `prompts_per_step` usable groups in issue order; drops what is not usable, with its reason."""
+        wanted = self._spec.rollout.prompts_per_step
+        taken: list[GradedGroup] = []
+        dropped = 0
+        with self._phase("generation"):
+            async with self._bounded("the next batch of graded groups", self._spec.deadlines.batch_s):
+                while len(taken) < wanted:
+                    self._fill()
+                    entry = self._window.waiting()[0]
+                    group = await asyncio.shield(entry.task)
+                    reason = reason_to_drop(group, self._spec, self._step)
+                    if reason is None and self._may_resample(group, len(taken) + dropped):
+                        reason = DropReason.ZERO_SIGNAL
+                    if reason is None:
+                        entry.consumed = True
+                        taken.append(group)
+                    else:
+                        self._drop(entry, reason)
+                        dropped += 1
+                        if not taken and dropped >= DROPS_IN_A_ROW * wanted:
+                            raise TrainingFailed(
+                                f"{dropped} groups in a row could not be used ({dict(self._drops)}); "
+                                "look at the reasons in journal.jsonl and at samples.jsonl"
+                            )
+        return make_batch(taken, self._spec, self._objective)
+
+    def _may_resample(self, group: GradedGroup, issued: int) -> bool:
+        """Dynamic sampling: whether a group without signal is to be replaced, within the bound for one step."""
+        algorithm = self._spec.algorithm
+        bound = algorithm.dynamic_sampling_limit * self._spec.rollout.prompts_per_step
+        return algorithm.dynamic_sampling and issued + 1 < bound and not has_signal(group, self._spec)
+
+    def _drop(self, entry: Entry, reason: DropReason) -> None:
+        self._journal.ledger("dropped", group=entry.prompt.id, reason=reason, step=self._step + 1)
+        self._drops[reason] += 1
+        self._window.drop(entry)
+
+    async def _train(self, batch: Batch) -> dict[str, float]:
+        """One learner step: all its updates. Afterwards the batch is consumed."""
+        with self._phase("training"):
+            async with self._bounded("the learner's step", self._spec.deadlines.step_s):
+                report = await self._parts.learner.train(self._step + 1, list(batch.samples))
+        age = batch_metrics(batch, self._spec, self._step)
+        for group_id, sample_index in report.dropped:
+            self._journal.ledger("dropped", group=group_id, i=sample_index, reason=DropReason.NONFINITE)
+        self._step += 1
+        self._journal.ledger("consumed", step=self._step, groups=batch.advantages_by_group())
+        return age | dict(report.metrics)
+
+    async def _publish(self) -> dict[str, float]:
+        """Give the learner's weights a version and bring every worker to it."""
+        before = self._seconds["publish"]
+        with self._phase("publish"):
+            async with self._bounded("publishing weights and the workers' takeover", self._spec.deadlines.publish_s):
+                self._published = await self._parts.learner.publish(self._version())
+                takeovers = await self._parts.rollouts.update(self._published)
+        self._journal.ledger(
+            "published",
+            version=str(self._version()),
+            fingerprint=self._published.manifest.fingerprint,
+            workers=[takeover.worker for takeover in takeovers],
+        )
+        return {
+            "publish/seconds": self._seconds["publish"] - before,
+            "publish/canary_max": max((takeover.canary_max for takeover in takeovers), default=0.0),
+            "rollout/workers": float(len(takeovers)),
+        }
+
+    def _version(self) -> PolicyVersion:
+        return PolicyVersion(self._attempt, self._step)
+
+    # --- after a step ----------------------------------------------------------------------------------------------
+
+    async def _record(self, batch: Batch, metrics: dict[str, float]) -> None:
+        """Metrics, conditions and the journal, durable before the next step."""
+        metrics |= {f"drops/{reason}": float(self._drops[reason]) for reason in DropReason}
+        metrics |= {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
+        if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
+            self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
+        stale = self._drops[DropReason.STALE] / self._spec.rollout.prompts_per_step
+        if stale > STALE_RATE_CONDITION:
+            self._journal.event("condition", condition="StaleDrops", rate=stale)
+        for tracker in self._trackers:
+            tracker.log(self._step, metrics)
+        await self._keep_samples(batch)
+        drops = {str(reason): count for reason, count in self._drops.items()}
+        self._journal.event("step", step=self._step, steps=self._spec.steps, drops=drops, metrics=metrics)
+        await self._journal.sync()
+
+    async def _keep_samples(self, batch: Batch) -> None:
+        """Texts of the first groups of the batch, for people to read."""
+        completions = [c for group in batch.groups[: self._spec.logging.sample_groups] for c in group.completions]
+        prompts = {group.prompt.id: group.prompt for group in batch.groups}
+        rows = [
+            {
+                "step": self._step,
+                "group": c.meta.group_id,
+                "i": c.meta.sample_index,
+                "prompt": prompts[c.meta.group_id].text,
+                "gold": prompts[c.meta.group_id].gold,
+                "verdict": c.grading.verdict,
+                "reward": c.grading.reward,
+                "reason": c.grading.reason,
+            }
+            for c in completions
+        ]
+        if rows:
+            await self._parts.payloads.log_texts(
+                self._run_dir / "samples.jsonl", rows, [completion.payload for completion in completions]
+            )
+
+    async def _checkpoint_if_due(self) -> None:
+        every = self._spec.checkpoint.every
+        last = self._step == self._spec.steps
+        if not last and (every == 0 or self._step % every):
+            return
+        with self._phase("checkpoint"):
+            async with self._bounded("the checkpoint", self._spec.deadlines.checkpoint_s):
+                folder = await self._checkpoints.write(self._step, self._fill_checkpoint)
+        self._journal.event("checkpoint", step=self._step, name=folder.name)
+        await self._journal.sync()
+
+    async def _fill_checkpoint(self, folder: Path) -> None:
+        """The cut after a publish: what the run needs to go on from here as if nothing had happened."""
+        await self._parts.learner.save(folder / "learner")
+        state = DriverState(
+            step=self._step,
+            version=self._version(),
+            prompts=self._prompts.state(),
+            data_fingerprint=self._prompts.fingerprint,
+            before=self._before,
+            seconds=dict(self._seconds),
+            journal_bytes=await self._journal.sync(),
+        )
+        await save_state(state, folder, self._window, self._parts.payloads)
+
+    async def _evaluate_if_due(self) -> None:
+        every = self._spec.evaluation.every
+        if every and self._step % every == 0 and self._step < self._spec.steps:
+            await self._evaluate("evaluate", sampled=False)
+
+    async def _evaluate(self, phase: str, *, sampled: bool) -> Evaluation | None:
+        """Held-out accuracy; the weights do not change meanwhile, because the loop that changes them waits here."""
+        if not self._evaluation_prompts:
+            return None
+        self._journal.event("phase", phase=phase, step=self._step, prompts=len(self._evaluation_prompts))
+        with self._phase("evaluation"):
+            async with self._bounded("the evaluation", self._spec.deadlines.batch_s):
+                evaluation = await evaluate(
+                    self._collector,
+                    self._evaluation_prompts,
+                    self._spec,
+                    step=self._step,
+                    version=str(self._version()),
+                    sampled=sampled,
+                )
+        self._journal.event("evaluation", **evaluation.as_dict())
+        return evaluation
+
+    # --- waits -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Count the seconds spent in a phase."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.monotonic() - began  # type: ignore[assignment]
+
+    @asynccontextmanager
+    async def _bounded(self, what: str, seconds: float) -> AsyncIterator[None]:
+        """No wait is endless, and each says what it was for."""
+        scope = asyncio.timeout(seconds)
+        try:
+            async with scope:
+                yield
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            waiting = [entry.prompt.id for entry in self._window.waiting() if not entry.task.done()][:3]
+            raise DeadlineExceeded(
+                f"waited {seconds:g} s for {what} at step {self._step}; groups under way: {waiting or 'none'}; "
+                "see deadlines in the job"
+            ) from error

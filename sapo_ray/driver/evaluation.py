@@ -1,0 +1,111 @@
+"""Held-out accuracy, always with its uncertainty."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver.collector import Collector, GradedGroup
+from sapo_ray.types import Prompt, Verdict
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Share of correct answers among those that could be graded, with a 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    prompts: int
+    completions: int
+    errors: int
+    """Completions without a verdict; they are in no other number here."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One evaluation, wholly under one version of the policy."""
+
+    step: int
+    version: str
+    greedy: Accuracy
+    sampled: Accuracy | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson, 1927)."""
+    if total == 0:
+        return 0.0, 1.0
+    p = correct / total
+    centre = (p + Z95**2 / (2 * total)) / (1 + Z95**2 / total)
+    half = Z95 / (1 + Z95**2 / total) * sqrt(p * (1 - p) / total + Z95**2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy(verdicts: list[list[Verdict]]) -> Accuracy:
+    """Accuracy over prompts, each with the verdicts of its completions.
+
+    One completion per prompt: Wilson's interval. Several: completions of one prompt are not independent, so the
+    interval is that of the mean over prompts of each prompt's own accuracy (normal approximation).
+    """
+    decided = [[v for v in group if v is not Verdict.ERROR] for group in verdicts]
+    rates = [sum(v is Verdict.CORRECT for v in group) / len(group) for group in decided if group]
+    completions = sum(len(group) for group in decided)
+    errors = sum(len(group) for group in verdicts) - completions
+    n = len(rates)
+    mean = sum(rates) / n if n else 0.0
+    if completions == n or n < 2:
+        low, high = wilson(round(sum(rates)), n)
+    else:
+        half = Z95 * sqrt(sum((rate - mean) ** 2 for rate in rates) / (n - 1) / n)
+        low, high = max(0.0, mean - half), min(1.0, mean + half)
+    return Accuracy(mean=mean, low=low, high=high, prompts=n, completions=completions, errors=errors)
+
+
+async def evaluate(
+    collector: Collector, prompts: list[Prompt], spec: JobSpec, *, step: int, version: str, sampled: bool
+) -> Evaluation:
+    """Greedy accuracy on `prompts`, and sampled accuracy if asked for. Seeds are fixed, so evaluations compare."""
+    settings = spec.evaluation
+    max_new_tokens = settings.max_new_tokens or spec.rollout.max_new_tokens
+
+    async def verdicts(samples: int, temperature: float) -> list[list[Verdict]]:
+        groups = await asyncio.gather(
+            *(
+                collector.collect(
+                    prompt,
+                    samples=samples,
+                    temperature=temperature,
+                    max_new_tokens=max_new_tokens,
+                    stream="evaluation/",
+                )
+                for prompt in prompts
+            )
+        )
+        return [_verdicts(group, samples) for group in groups]
+
+    greedy = accuracy(await verdicts(1, 0.0))
+    wanted = settings.samples if sampled else 0
+    return Evaluation(
+        step=step,
+        version=version,
+        greedy=greedy,
+        sampled=accuracy(await verdicts(wanted, settings.temperature)) if wanted else None,
+    )
+
+
+def _verdicts(group: GradedGroup, samples: int) -> list[Verdict]:
+    if group.failed is not None:
+        return [Verdict.ERROR] * samples
+    return [completion.grading.verdict for completion in group.completions]

@@ -1,0 +1,109 @@
+"""What the driver needs of the parts it runs, as protocols: real pools of actors, or fakes in tests and simulations.
+
+`Ref` stands for a Ray object reference to a payload; the driver passes it on and never opens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from sapo_ray.types import (
+    CompletionMeta,
+    Grading,
+    GroupRequest,
+    PolicyVersion,
+    Prompt,
+    Published,
+    Takeover,
+    TrainSample,
+)
+
+Ref = Any
+
+
+class Prompts(Protocol):
+    """Prompts in a seeded order that can be taken up again."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data and of the settings that make prompts of it."""
+        ...
+
+    def take(self) -> Prompt: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class Rollouts(Protocol):
+    """Samples completions. Unblocked by: an attested worker being free."""
+
+    async def start(self) -> None: ...
+
+    def generate(self, request: GroupRequest) -> AsyncIterator[tuple[CompletionMeta, Ref]]:
+        """Completions as they finish. Raises WorkerLost when the worker dies; what came before stays good."""
+        ...
+
+    async def update(self, published: Published) -> list[Takeover]:
+        """Bring all live workers to the published weights; returns once they are attested."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Verifiers(Protocol):
+    """Grades completions, each within the verifier's deadline."""
+
+    async def start(self) -> None: ...
+
+    async def grade(self, prompt: str, gold: str, payloads: list[Ref]) -> list[Grading]: ...
+
+    async def close(self) -> None: ...
+
+
+class StepReport(Protocol):
+    """What a learner step did."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def updates(self) -> int: ...
+
+    @property
+    def dropped(self) -> tuple[tuple[str, int], ...]:
+        """(group id, sample index) of samples in skipped updates."""
+        ...
+
+
+class Learner(Protocol):
+    """Owns the weights."""
+
+    async def start(self) -> None: ...
+
+    async def set_canary(self, sequences: tuple[tuple[int, ...], ...]) -> None: ...
+
+    async def train(self, step: int, samples: list[TrainSample]) -> StepReport: ...
+
+    async def publish(self, version: PolicyVersion) -> Published: ...
+
+    async def save(self, folder: Path) -> None: ...
+
+    async def load(self, folder: Path) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Payloads(Protocol):
+    """Moves completion payloads between the object store and files, without the driver seeing them."""
+
+    async def save(self, path: Path, refs: list[Ref]) -> None: ...
+
+    async def load(self, path: Path, count: int) -> list[Ref]: ...
+
+    async def log_texts(self, path: Path, rows: list[dict[str, Any]], refs: list[Ref]) -> None:
+        """Append `rows`, each with the `completion` text of its payload, to a JSONL file."""
+        ...

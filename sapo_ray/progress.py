@@ -1,0 +1,142 @@
+"""What a person sees of a run: a bar per phase while it goes, a table when it is done. Fed by the run's events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PHASES = {
+    "model": "model and data",
+    "start": "starting engines",
+    "restore": "restoring checkpoint",
+    "evaluate_before": "accuracy before",
+    "train": "training",
+    "evaluate": "held-out accuracy",
+    "evaluate_after": "accuracy after",
+    "export": "exporting model",
+}
+PLAIN_EVERY = 5
+"""Without a terminal, one line so many steps."""
+
+
+class ProgressDisplay:
+    """Listens to events. On a terminal: live bars; elsewhere: one line at a time."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._current: str | None = None
+        self._accuracy = ""
+
+    def __enter__(self) -> ProgressDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take one event of the journal."""
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_phase(self, event: dict[str, Any]) -> None:
+        phase = event["phase"]
+        if phase == "evaluate":  # in mid-training: shown beside the training bar, not as a bar of its own
+            return
+        self._finish()
+        self._current = phase
+        total = event.get("steps")
+        self._tasks[phase] = self._bars.add_task(
+            PHASES.get(phase, phase), total=total, completed=event.get("step", 0) if total else 0, note=""
+        )
+        self._plain(f"{PHASES.get(phase, phase)} ...")
+
+    def _finish(self) -> None:
+        if self._current is not None:
+            task = self._tasks[self._current]
+            self._bars.update(task, total=1, completed=1) if self._bars.tasks[task].total is None else None
+            self._bars.stop_task(task)
+
+    def _on_warm_start(self, event: dict[str, Any]) -> None:
+        accuracy = "" if event["accuracy"] is None else f", sampled accuracy {event['accuracy']:.2f}"
+        self._note(f"warm start: step {event['step']}, loss {event['loss']:.3f}{accuracy}")
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        metrics = event["metrics"]
+        task = self._tasks.get("train")
+        if task is not None:
+            self._bars.update(task, completed=event["step"])
+        note = f"step {event['step']}/{event['steps']}  reward {metrics['reward/mean']:.3f}{self._accuracy}"
+        self._note(note, plain=event["step"] % PLAIN_EVERY == 0 or event["step"] == event["steps"])
+
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        greedy = event["greedy"]["mean"]
+        self._accuracy = f"  held-out {greedy:.3f}"
+        self._plain(f"step {event['step']}: held-out accuracy {greedy:.3f}")
+
+    def _on_condition(self, event: dict[str, Any]) -> None:
+        details = ", ".join(
+            f"{key} {value}"
+            for key, value in event.items()
+            if key not in ("time", "attempt", "seq", "kind", "condition")
+        )
+        self._console.print(f"[yellow]{event['condition']}[/]: {details}", highlight=False)
+
+    def _on_rollback(self, event: dict[str, Any]) -> None:
+        self._console.print(f"going on from step {event['to_step']} ({event['checkpoint']})", highlight=False)
+
+    def _on_transition(self, event: dict[str, Any]) -> None:
+        if event["state"] in ("succeeded", "failed", "interrupted"):
+            self._finish()
+
+    def _note(self, text: str, *, plain: bool = True) -> None:
+        if self._current is not None:
+            self._bars.update(self._tasks[self._current], note=text)
+        if plain:
+            self._plain(text)
+
+    def _plain(self, text: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False, markup=False)
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """The tables at the end of a run."""
+    before, after = result["accuracy"]["before"], result["accuracy"]["after"]
+    if after is not None:
+        table = Table(title="held-out accuracy, 95% intervals", title_justify="left")
+        for column in ("", "before", "after", "prompts"):
+            table.add_column(column, justify="left" if not column else "right")
+        for kind in ("greedy", "sampled"):
+            if after[kind] is not None:
+                first = interval(before[kind]) if before is not None and before[kind] is not None else "-"
+                table.add_row(kind, first, interval(after[kind]), str(after[kind]["prompts"]))
+        console.print(table)
+    times = Table(title="where the time went", title_justify="left")
+    times.add_column("phase")
+    times.add_column("seconds", justify="right")
+    for phase, seconds in result["seconds"].items():
+        times.add_row(phase, f"{seconds:.1f}")
+    times.add_row("all", f"{sum(result['seconds'].values()):.1f}")
+    console.print(times)
+    console.print(f"run       {result['run_dir']}", highlight=False, soft_wrap=True)
+    console.print(f"model     {result['export']}  (Hugging Face format)", highlight=False, soft_wrap=True)
+
+
+def interval(accuracy: dict[str, Any]) -> str:
+    """`0.312 [0.274, 0.353]`"""
+    return f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"

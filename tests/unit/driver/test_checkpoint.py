@@ -1,0 +1,115 @@
+"""Checkpoints under kill -9, damage and lack of space."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sapo_ray.driver.checkpoint import Checkpoints, verify
+from sapo_ray.errors import CheckpointError, ResourceError
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from sapo_ray.driver.checkpoint import Checkpoints
+
+async def fill(folder):
+    (folder / "a").write_bytes(step.to_bytes(1, "little") * 3_000_000)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b").write_bytes(step.to_bytes(1, "little") * 3_000_000)
+
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=2, min_free_gb=0)
+step = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    step = step % 250 + 1
+    asyncio.run(checkpoints.write(step, fill))
+"""
+
+
+async def text(folder: Path) -> None:
+    (folder / "state").write_text(folder.name)
+
+
+def write(checkpoints: Checkpoints, step: int) -> Path:
+    return asyncio.run(checkpoints.write(step, text))
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A writer that checkpoints without pause is killed twelve times, a little later each time."""
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    write(checkpoints, 1)
+    step = 1
+    for kill in range(12):
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(step)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(0.01 + 0.017 * kill)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        newest = checkpoints.newest()
+        assert newest is not None
+        assert newest.name == (tmp_path / "latest").read_text()
+        verify(newest)
+        step = int(newest.name.removeprefix("step-"))
+
+
+def test_two_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    for step in (10, 20, 30):
+        write(checkpoints, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000020", "step-000030"]
+    assert checkpoints.newest() == tmp_path / "step-000030"
+
+
+def test_one_flipped_byte_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    write(checkpoints, 1)
+    damaged = write(checkpoints, 2) / "state"
+    damaged.write_text("step-000003"[:11])
+    assert checkpoints.newest() == tmp_path / "step-000001"
+    with pytest.raises(CheckpointError, match=r"step-000002/state differs from its hash"):
+        verify(tmp_path / "step-000002")
+
+
+def test_when_every_checkpoint_is_damaged_the_error_names_each(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    for step in (1, 2):
+        (write(checkpoints, step) / "state").unlink()
+    with pytest.raises(CheckpointError, match=r"step-000002/state is missing; .*step-000001/state is missing"):
+        checkpoints.newest()
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", keep=2, min_free_gb=0).newest() is None
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=1e9)
+    with pytest.raises(
+        ResourceError, match=r"too little disk .* free .*min_free_gb = 1e\+09 GB .*lower checkpoint\.min_free_gb"
+    ):
+        write(checkpoints, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_writing_leaves_the_last_checkpoint_and_no_debris(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    write(checkpoints, 1)
+
+    async def full(folder: Path) -> None:
+        (folder / "state").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ResourceError, match=r"step 2 could not be written .*No space left"):
+        asyncio.run(checkpoints.write(2, full))
+    assert checkpoints.newest() == tmp_path / "step-000001"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from sapo_ray.driver.evaluation import accuracy, wilson
+from sapo_ray.types import Verdict
+
+C, W, E = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # Reference: scipy.stats.binomtest(k, n).proportion_ci(method="wilson").
+    [(0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (490, 512, 0.935800, 0.971455), (10, 10, 0.722467, 1.0)],
+)
+def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_errors_are_in_no_number_but_their_own_count() -> None:
+    result = accuracy([[C], [E], [W], [C]])
+    assert (result.mean, result.prompts, result.completions, result.errors) == (pytest.approx(2 / 3), 3, 3, 1)
+
+
+def test_completions_of_one_prompt_are_not_independent_draws() -> None:
+    """Ten prompts that are all right or all wrong, eight samples each: as uncertain as ten draws, not as eighty."""
+    result = accuracy([[C] * 8] * 5 + [[W] * 8] * 5)
+    assert result.mean == 0.5
+    assert result.high - result.low == pytest.approx(2 * 1.959964 * (2.5 / 9 / 10) ** 0.5, rel=1e-6)
+
+
+def test_nothing_gradable_is_no_accuracy_and_says_so() -> None:
+    result = accuracy([[E], [E]])
+    assert (result.prompts, result.errors, result.low, result.high) == (0, 2, 0.0, 1.0)

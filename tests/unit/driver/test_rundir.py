@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import job
+
+from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, superseded, write_spec
+from sapo_ray.driver.tracking import MetricsFile, open_trackers
+from sapo_ray.errors import CheckpointError, ConfigError
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    spec = job(run_dir=str(tmp_path))
+    write_spec(tmp_path, spec)
+    with pytest.raises(ConfigError, match=r"holds a run already; go on with it by `sapo-ray resume"):
+        new_run_dir(spec)
+
+
+def test_two_processes_cannot_write_to_one_run(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from sapo_ray.driver.rundir import hold\n"
+    code += "with hold(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    try:
+        with (
+            pytest.raises(CheckpointError, match=rf"another process \(pid {other.pid}\) is writing to"),
+            hold(tmp_path),
+        ):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with hold(tmp_path):
+        pass  # the lock went with the killed process
+
+
+def test_attempts_count_up_and_supersede_each_other(tmp_path: Path) -> None:
+    assert [next_attempt(tmp_path), next_attempt(tmp_path)] == [1, 2]
+    assert superseded(tmp_path, 1)
+    assert not superseded(tmp_path, 2)
+
+
+def test_metrics_of_an_abandoned_lineage_are_taken_out_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": step / 10})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    second = MetricsFile(path, 2)
+    second.log(3, {"loss": 9.0})
+    second.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.1},
+        {"step": 2, "loss": 0.2},
+        {"step": 3, "loss": 9.0},
+    ]
+
+
+def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = open_trackers(job(), tmp_path, 0)
+    for step, value in ((1, 0.25), (2, 0.5)):
+        for tracker in trackers:
+            tracker.log(step, {"reward/mean": value})
+    for tracker in trackers:
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+
+
+@pytest.mark.parametrize(("key", "package"), [("wandb_project", "wandb"), ("mlflow_uri", "mlflow")])
+def test_a_tracker_that_is_not_installed_is_named_with_the_way_out(
+    tmp_path: Path, key: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ConfigError, match=rf"logging\.{key} is set but {package} is not installed: pip install {package}"
+    ):
+        open_trackers(job(logging={key: "x"}), tmp_path, 0)
