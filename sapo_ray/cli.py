@@ -110,7 +110,11 @@ def validate(
         from sapo_ray.config.estimate import estimate
 
         console.print(f"[green]valid[/]: {job}", highlight=False)
-        print(estimate(spec).text())
+        needs = estimate(spec)
+        for label, value in needs.table():
+            print(f"  {label:<28} {value}")
+        for assumption in needs.assumptions:
+            print(f"  assumed: {assumption}")
         for warning in advice(spec):
             console.print(f"[yellow]note:[/] {warning}", highlight=False)
         if inputs:
@@ -143,32 +147,37 @@ def evaluate(
         if as_json:
             print(json.dumps(result, indent=1))
             return
-        from sapo_ray.progress import interval
+        from sapo_ray.progress import accuracy_rows, interval
 
-        for kind in ("greedy", "sampled"):
-            if result[kind] is not None:
-                print(f"{kind:<8} {interval(result[kind])}  ({result[kind]['prompts']} prompts)")
+        for label, _, accuracy in accuracy_rows(None, result):
+            print(f"{label:<24} {interval(accuracy)}  ({accuracy['prompts']} prompts, {accuracy['errors']} errors)")
 
 
 @app.command()
 def gates(
-    tau: Annotated[float, typer.Option(help="Gate temperature, > 0.")] = 1.0,
-    restoring: Annotated[bool, typer.Option(help="The restoring variant of each smooth gate.")] = False,
+    tau: Annotated[float, typer.Option(min=1e-6, help="Gate temperature, > 0.")] = 1.0,
+    match_width: Annotated[bool, typer.Option(help="Give every gate the sigmoid's half-width at this tau.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this PNG, SVG or PDF file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tabulate the gates: value, weight and coefficient over the ratio r. With --plot, draw them."""
-    with _user_errors():
-        from sapo_ray.algorithms import gate_report
+    """Tabulate the smooth gates: where their weight is 1/2, the largest r w(r), their bounds; --plot draws them."""
+    from dataclasses import asdict, fields
 
-        rows = gate_report.table(tau=tau, restoring=restoring)
-        if as_json:
-            print(json.dumps(rows, indent=1))
-        else:
-            print(gate_report.as_text(rows))
-        if plot is not None:
-            gate_report.plot(plot, tau=tau, restoring=restoring)
-            console.print(f"plot written to {plot}", highlight=False)
+    from sapo_ray.algorithms.gate_report import GateRow, gate_rows, plot_gates
+
+    rows = [asdict(row) for row in gate_rows(tau, match_width=match_width)]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        from rich.table import Table
+
+        table = Table(*(field.name.replace("_", " ") for field in fields(GateRow)))
+        for row in rows:
+            table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        console.print(table)
+    if plot is not None:
+        plot_gates(plot, tau, match_width=match_width)
+        console.print(f"plot written to {plot}", highlight=False)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -121,10 +122,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         table = Table(title="held-out accuracy, 95% intervals", title_justify="left")
         for column in ("", "before", "after", "prompts"):
             table.add_column(column, justify="left" if not column else "right")
-        for kind in ("greedy", "sampled"):
-            if after[kind] is not None:
-                first = interval(before[kind]) if before is not None and before[kind] is not None else "-"
-                table.add_row(kind, first, interval(after[kind]), str(after[kind]["prompts"]))
+        for label, old, new in accuracy_rows(before, after):
+            table.add_row(label, "-" if old is None else interval(old), interval(new), str(new["prompts"]))
         console.print(table)
     times = Table(title="where the time went", title_justify="left")
     times.add_column("phase")
@@ -135,6 +134,16 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     console.print(times)
     console.print(f"run       {result['run_dir']}", highlight=False, soft_wrap=True)
     console.print(f"model     {result['export']}  (Hugging Face format)", highlight=False, soft_wrap=True)
+
+
+def accuracy_rows(before: dict[str, Any] | None, after: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(label, before, after) of every accuracy: overall first, then each source."""
+    for kind in ("greedy", "sampled"):
+        if after[kind] is not None:
+            yield kind, before and before[kind], after[kind]
+    for source, kinds in after["by_source"].items():
+        for kind, new in kinds.items():
+            yield f"{source}, {kind}", before and before["by_source"].get(source, {}).get(kind), new
 
 
 def interval(accuracy: dict[str, Any]) -> str:

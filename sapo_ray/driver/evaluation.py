@@ -38,6 +38,8 @@ class Evaluation:
     version: str
     greedy: Accuracy
     sampled: Accuracy | None
+    by_source: dict[str, dict[str, Accuracy]]
+    """`greedy` and `sampled` of each source by itself, where there are several."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +82,7 @@ async def evaluate(
     settings = spec.evaluation
     max_new_tokens = settings.max_new_tokens or spec.rollout.max_new_tokens
 
-    async def verdicts(samples: int, temperature: float) -> list[list[Verdict]]:
+    async def measure(samples: int, temperature: float) -> tuple[Accuracy, dict[str, Accuracy]]:
         groups = await asyncio.gather(
             *(
                 collector.collect(
@@ -93,15 +95,37 @@ async def evaluate(
                 for prompt in prompts
             )
         )
-        return [_verdicts(group, samples) for group in groups]
+        verdicts: dict[str, list[list[Verdict]]] = {}
+        for group in groups:
+            verdicts.setdefault(group.prompt.source, []).append(_verdicts(group, samples))
+        return accuracy([v for rows in verdicts.values() for v in rows]), {k: accuracy(v) for k, v in verdicts.items()}
 
-    greedy = accuracy(await verdicts(1, 0.0))
-    wanted = settings.samples if sampled else 0
+    overall, sources = {}, {}
+    overall["greedy"], sources["greedy"] = await measure(1, 0.0)
+    if sampled and settings.samples:
+        overall["sampled"], sources["sampled"] = await measure(settings.samples, settings.temperature)
+    names = list(sources["greedy"])
     return Evaluation(
         step=step,
         version=version,
-        greedy=greedy,
-        sampled=accuracy(await verdicts(wanted, settings.temperature)) if wanted else None,
+        greedy=overall["greedy"],
+        sampled=overall.get("sampled"),
+        by_source={name: {kind: rows[name] for kind, rows in sources.items()} for name in names}
+        if len(names) > 1
+        else {},
+    )
+
+
+def read_evaluation(values: dict[str, Any]) -> Evaluation:
+    """Back from `as_dict`."""
+    return Evaluation(
+        step=values["step"],
+        version=values["version"],
+        greedy=Accuracy(**values["greedy"]),
+        sampled=None if values["sampled"] is None else Accuracy(**values["sampled"]),
+        by_source={
+            name: {kind: Accuracy(**one) for kind, one in kinds.items()} for name, kinds in values["by_source"].items()
+        },
     )
 
 

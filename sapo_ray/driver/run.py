@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.models.prepare import prepare_model
 from sapo_ray.models.tokenizer import load_tokenizer
-from sapo_ray.models.warm_start import warm_start
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.types import Prompt, Published
 from sapo_ray.verifier.pool import VerifierPool
@@ -126,8 +125,9 @@ async def _run(
     journal.event("phase", phase="start")
     began = time.monotonic()
     with ray_for(spec, folder_bytes(prepared.model_path), run_dir / "logs"):
+        rollouts = RolloutPool(spec, str(prepared.model_path))
         parts = Parts(
-            rollouts=RolloutPool(spec, str(prepared.model_path)),
+            rollouts=rollouts,
             verifiers=VerifierPool(spec.verifier),
             learner=LearnerGroup(spec, str(prepared.model_path)),
             payloads=RayPayloads(),
@@ -154,7 +154,11 @@ async def _run(
                 checkpoints=checkpoints,
                 trackers=trackers,
             )
-            outcome = await driver.run(checkpoint)
+            forwarding = asyncio.create_task(_forward(rollouts.events, journal))
+            try:
+                outcome = await driver.run(checkpoint)
+            finally:
+                forwarding.cancel()
             outcome.seconds.update({"model": prepared.seconds, "start": started})
             await _export(outcome.published, prepared.model_path, run_dir / "export", outcome.seconds, journal)
             return outcome
@@ -169,23 +173,12 @@ async def _run(
 def prepare(spec: JobSpec, run_dir: Path, journal: Journal) -> Prepared:
     """Model, tokenizer and prompts; everything that can be wrong with a job's inputs shows here."""
     began = time.monotonic()
-    folder, warm = run_dir / "model", run_dir / "model" / "warm_start.json"
-    if spec.model.warm_start_accuracy is None:
-        model_path = prepare_model(spec.model, folder, spec.seed)
-    else:
-        if folder.exists() and not warm.exists():  # an earlier attempt ended in mid-way
-            shutil.rmtree(folder)
-        model_path = prepare_model(spec.model, folder, spec.seed)
-        if not warm.exists():
-            report = warm_start(
-                model_path,
-                spec.model.warm_start_accuracy,
-                spec.seed,
-                lambda step, loss, accuracy: journal.event(
-                    "warm_start", step=step, loss=loss, accuracy=accuracy, target=spec.model.warm_start_accuracy
-                ),
-            )
-            write_text(warm, json.dumps(asdict(report)))
+    model_path = prepare_model(
+        spec.model,
+        run_dir / "model",
+        spec.seed,
+        lambda step, loss, accuracy: journal.event("warm_start", step=step, loss=loss, accuracy=accuracy),
+    )
     tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
     prompts = PromptSource(spec.data, tokenizer, spec.seed)
     evaluation = (
@@ -195,7 +188,7 @@ def prepare(spec: JobSpec, run_dir: Path, journal: Journal) -> Prepared:
     )
     return Prepared(
         spec=spec,
-        model_path=Path(model_path),
+        model_path=model_path,
         prompts=prompts,
         evaluation=evaluation,
         seconds=time.monotonic() - began,
@@ -207,6 +200,12 @@ def canary_sequences(spec: JobSpec, model_path: Path) -> tuple[tuple[int, ...], 
     tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
     source = PromptSource(spec.data, tokenizer, spec.seed)
     return tuple(source.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES))
+
+
+async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> None:
+    """What happens to workers belongs in the journal too."""
+    while True:
+        journal.event("worker", **{("what" if key == "kind" else key): v for key, v in (await events.get()).items()})
 
 
 async def _export(

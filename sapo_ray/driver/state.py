@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo_ray.driver.collector import GradedGroup
-from sapo_ray.driver.evaluation import Accuracy, Evaluation
+from sapo_ray.driver.evaluation import Evaluation, read_evaluation
 from sapo_ray.driver.parts import Payloads
 from sapo_ray.driver.window import Window
 from sapo_ray.errors import CheckpointError
@@ -47,22 +47,8 @@ class DriverState:
                 f"the training data changed since this run began: its fingerprint was {values['data_fingerprint']}, "
                 f"now it is {data_fingerprint}; restore the files, or start a new job from the exported model"
             )
-        before = values["before"]
-        return cls(
-            **{
-                **values,
-                "version": PolicyVersion(*values["version"]),
-                "before": None
-                if before is None
-                else Evaluation(
-                    **{
-                        **before,
-                        "greedy": Accuracy(**before["greedy"]),
-                        "sampled": None if before["sampled"] is None else Accuracy(**before["sampled"]),
-                    }
-                ),
-            }
-        )
+        before = None if values["before"] is None else read_evaluation(values["before"])
+        return cls(**{**values, "version": PolicyVersion(*values["version"]), "before": before})
 
 
 async def save_state(state: DriverState, folder: Path, window: Window, payloads: Payloads) -> None:
