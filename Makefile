@@ -11,7 +11,7 @@ SET := $(if $(GPU),gpu,cpu)
 OTHER := $(if $(GPU),cpu,gpu)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile --no-deps
 
 # The public home of torch's CPU builds. Where it cannot be reached, pip goes on with the index it has.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu

@@ -62,12 +62,14 @@ def unknown_key(location: Location) -> str:
     """`rollout.worker is not a key; did you mean rollout.workers?`, else where such a key lives, else what there is."""
     name, section = str(location[-1]), tuple(location[:-1])
     siblings = names_at(section)
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
-    if near:
-        return f"{dotted(location)} is not a key; did you mean {dotted((*section, near[0]))}?"
-    elsewhere = FAMILIAR.get(name) or _anywhere(name)
-    if elsewhere:
-        return f"{dotted(location)} is not a key; did you mean {elsewhere}?"
+
+    def sibling(cutoff: float) -> str | None:
+        near = difflib.get_close_matches(name, siblings, n=1, cutoff=cutoff)
+        return dotted((*section, near[0])) if near else None
+
+    meant = sibling(0.75) or FAMILIAR.get(name) or sibling(0.6) or _anywhere(name)
+    if meant:
+        return f"{dotted(location)} is not a key; did you mean {meant}?"
     return f"{dotted(location)} is not a key; {_what_there_is(section)}"
 
 

@@ -25,8 +25,8 @@ def parse(text: str, source: str) -> Any:
     Raises:
         ConfigError: a syntax error with its line, or every key that stands twice in one mapping.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             return None
@@ -38,8 +38,6 @@ def parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}{_line(error.problem_mark)}: not valid YAML: {_syntax(error)}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
-    finally:
-        loader.dispose()
 
 
 def _duplicates(root: yaml.Node) -> list[str]:
