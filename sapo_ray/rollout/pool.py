@@ -1,0 +1,295 @@
+"""The pool of rollout workers: who samples, who takes weights over, who is replaced.
+
+    generate   a group -> the least loaded attested worker; its death is a WorkerLost to the caller at once
+    update     published weights -> every worker, each attested; one that fails is ended and replaced
+    replace    in the background: start, newest published weights, canary, and only then used
+
+The learner is never asked again: workers that join take the last published buckets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+import ray
+
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.errors import DeadlineExceeded, SapoRayError, TrainingFailed, WeightsRefused, WorkerLost
+from sapo_ray.rollout.remote import Ref, RemoteWorker, WorkerInfo, WorkerState
+from sapo_ray.types import CompletionMeta, GroupRequest, Published, Takeover
+
+REPLACEMENTS = 3
+"""Of each worker within REPLACEMENT_WINDOW_S; then the pool goes on with fewer."""
+REPLACEMENT_WINDOW_S = 3600.0
+HEARTBEAT_S = 10.0
+SILENCE_S = 60.0
+"""A worker that does not answer its heartbeat for so long is lost."""
+
+
+class RolloutPool:
+    """Rollout workers of one job. Lives in the driver; Ray must be initialised. All methods belong to one event loop.
+
+    `events` gets a dict for every change that the journal should hold: kind (`worker_ready`, `worker_lost`,
+    `takeover_failed`, `worker_not_replaced`, `worker_stopped`), worker, reason or version.
+    """
+
+    def __init__(self, spec: JobSpec, model_path: str) -> None:
+        self._spec, self._model_path = spec, model_path
+        self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._workers: dict[int, RemoteWorker] = {}
+        self._replaced: dict[int, deque[float]] = {}
+        self._generation: dict[int, int] = {}
+        self._published: Published | None = None
+        self._pushed_to: frozenset[str] = frozenset()
+        self._noise: Takeover | None = None
+        self._last_loss: SapoRayError | None = None
+        self._failure: TrainingFailed | None = None
+        self._coming: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._closing = False
+        self._gpus = False
+
+    async def start(self) -> None:
+        """Start all workers; raises what the first failing one raised, after ending the others."""
+        self._gpus = ray.cluster_resources().get("GPU", 0) > 0
+        try:
+            async with asyncio.TaskGroup() as group:
+                for slot in range(self._spec.rollout.workers):
+                    group.create_task(self._start_worker(self._spawn(slot)))
+        except ExceptionGroup as errors:
+            await self.close()
+            raise errors.exceptions[0] from None
+
+    async def close(self) -> None:
+        """End every worker and every process of them."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        workers, self._workers = list(self._workers.values()), {}
+        self._notify()
+        await asyncio.gather(*(worker.stop() for worker in workers))
+
+    def workers(self) -> list[WorkerInfo]:
+        """All workers that exist, starting ones included."""
+        return [worker.info() for worker in self._workers.values()]
+
+    def push_targets(self) -> list[Any]:
+        """Actors for a native weight push, which `update` must follow. Who joins later waits for the next push."""
+        ready = [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+        self._pushed_to = frozenset(worker.id for worker in ready)
+        return [worker.actor for worker in ready]
+
+    async def generate(self, request: GroupRequest) -> AsyncGenerator[tuple[CompletionMeta, Ref], None]:
+        """Yield (meta, ref of the payload) of each completion as it finishes, all from one worker.
+
+        Raises WorkerLost when that worker dies, DeadlineExceeded after rollout.group_deadline_s, TrainingFailed when
+        no worker is left. What was yielded before stays good.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._spec.rollout.group_deadline_s
+        worker = await self._attested_worker(request, deadline)
+        worker.in_flight += len(request.samples)
+        if worker.in_flight == len(request.samples):
+            worker.last_progress = clock()  # it was idle until now
+        try:
+            async with aclosing(worker.generate(request, deadline)) as completions:
+                async for completion in completions:
+                    yield completion
+        except (WorkerLost, WeightsRefused) as error:
+            self._background(self._lose(worker, error))
+            raise WorkerLost(str(error)) from None
+        except DeadlineExceeded as error:
+            if clock() - worker.last_progress >= self._spec.rollout.group_deadline_s:
+                self._background(self._lose(worker, error))  # nothing at all came from it: it is stuck
+            raise
+        finally:
+            worker.in_flight -= len(request.samples)
+            self._notify()
+
+    async def update(self, published: Published) -> list[Takeover]:
+        """Bring all live workers to `published`; return once those that can be are attested, at least one.
+
+        Raises TrainingFailed when none is left, DeadlineExceeded when none is attested within deadlines.publish_s.
+        """
+        self._published = published
+        ready = [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+        if not published.buckets:
+            ready = [worker for worker in ready if worker.id in self._pushed_to]
+        takeovers = [takeover for takeover in await asyncio.gather(*map(self._bring, ready)) if takeover]
+        if takeovers:
+            return takeovers
+        try:
+            async with asyncio.timeout(self._spec.deadlines.publish_s):
+                while not (attested := [worker.takeover for worker in self._usable() if worker.takeover]):
+                    await self._wait_for_change()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no rollout worker took weights {published.manifest.version} over within "
+                f"{self._spec.deadlines.publish_s:g} s (deadlines.publish_s); last failure: {self._last_loss}"
+            ) from None
+        return attested
+
+    async def scale(self, workers: int) -> None:
+        """Aim at so many workers: start missing ones in the background, or let surplus ones finish and end."""
+        for slot in range(workers):
+            if slot not in self._workers and slot not in self._coming:
+                self._replaced.pop(slot, None)  # a budget of its own for a worker that was asked for
+                self._add(slot)
+        for slot, worker in list(self._workers.items()):
+            if slot >= workers and worker.state in (WorkerState.STARTING, WorkerState.READY):
+                worker.state = WorkerState.DRAINING
+                self._background(self._drain(worker))
+
+    def _usable(self) -> list[RemoteWorker]:
+        """Workers that hold the newest weights, or attested ones that are just being replaced by them."""
+        if self._published is None:
+            return []
+        newest = self._published.manifest.version
+        return [
+            worker
+            for worker in self._workers.values()
+            if worker.state is WorkerState.READY
+            and worker.takeover
+            and (worker.version == newest or worker.bringing.locked())
+        ]
+
+    async def _attested_worker(self, request: GroupRequest, deadline: float) -> RemoteWorker:
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not (usable := self._usable()):
+                    await self._wait_for_change()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no attested rollout worker for group {request.group_id} within "
+                f"{self._spec.rollout.group_deadline_s:g} s (rollout.group_deadline_s); last failure: {self._last_loss}"
+            ) from None
+        return min(usable, key=lambda worker: worker.in_flight)
+
+    def _spawn(self, slot: int) -> RemoteWorker:
+        number = self._generation[slot] = self._generation.get(slot, -1) + 1
+        name = f"rollout-{slot}" + (f".{number}" if number else "")
+        worker = self._workers[slot] = RemoteWorker(self._spec, self._model_path, name, slot, self._gpus)
+        return worker
+
+    async def _start_worker(self, worker: RemoteWorker) -> None:
+        await worker.start(self._noise, self._spec.deadlines.start_s)
+        if worker.state is WorkerState.STARTING:
+            worker.state = WorkerState.READY
+        self._background(self._watch(worker))
+
+    def _add(self, slot: int) -> None:
+        self._coming.add(slot)
+        self._background(self._join(slot))
+
+    async def _join(self, slot: int) -> None:
+        """Start a worker, and bring it to the newest weights; it is lost like any other when that fails."""
+        worker = self._spawn(slot)
+        self._coming.discard(slot)
+        try:
+            await self._start_worker(worker)
+        except SapoRayError as error:
+            await self._lose(worker, error)
+            return
+        if self._published is not None and self._published.buckets:
+            await self._bring(worker)
+
+    async def _bring(self, worker: RemoteWorker) -> Takeover | None:
+        """Bring a worker to the newest weights, however often they change meanwhile. None when it was lost."""
+        async with worker.bringing:
+            while (published := self._published) and worker.version != published.manifest.version:
+                try:
+                    takeover = await worker.take_over(published, self._spec.deadlines.publish_s)
+                except SapoRayError as error:
+                    version = str(published.manifest.version)
+                    self._event("takeover_failed", worker, version=version, reason=str(error))
+                    await self._lose(worker, error)
+                    return None
+                if worker.takeover is None:
+                    self._event("worker_ready", worker, version=str(takeover.version), seconds=takeover.seconds)
+                worker.takeover = takeover
+                self._noise = self._noise or takeover
+        self._notify()
+        return worker.takeover
+
+    async def _watch(self, worker: RemoteWorker) -> None:
+        """Lose the worker as soon as it dies, breaks, or falls silent."""
+        broken = asyncio.ensure_future(worker.until_broken())
+        try:
+            while not (await asyncio.wait({broken}, timeout=HEARTBEAT_S))[0]:
+                await worker.heartbeat(SILENCE_S)
+            reason = broken.result()
+        except SapoRayError as error:
+            reason = error
+        finally:
+            broken.cancel()
+        await self._lose(worker, reason)
+
+    async def _lose(self, worker: RemoteWorker, reason: SapoRayError) -> None:
+        """End a worker that cannot be used and replace it, if its slot has replacements left."""
+        if self._closing or worker.state in (WorkerState.LOST, WorkerState.STOPPED):
+            return
+        wanted = worker.state is not WorkerState.DRAINING
+        worker.state = WorkerState.LOST
+        del self._workers[worker.slot]
+        self._last_loss = reason
+        self._event("worker_lost", worker, reason=str(reason))
+        if wanted and self._may_replace(worker):
+            self._add(worker.slot)
+        self._notify()
+        await worker.kill()
+
+    def _may_replace(self, worker: RemoteWorker) -> bool:
+        now = asyncio.get_running_loop().time()
+        times = self._replaced.setdefault(worker.slot, deque())
+        while times and now - times[0] > REPLACEMENT_WINDOW_S:
+            times.popleft()
+        if len(times) >= REPLACEMENTS:
+            self._event("worker_not_replaced", worker, reason=f"lost {REPLACEMENTS + 1} times within an hour")
+            return False
+        times.append(now)
+        return True
+
+    async def _drain(self, worker: RemoteWorker) -> None:
+        """Let a surplus worker finish what it samples, no longer than a group may take, then end it."""
+        try:
+            async with asyncio.timeout(self._spec.rollout.group_deadline_s):
+                while worker.in_flight:
+                    await self._wait_for_change()
+        except (TimeoutError, TrainingFailed):
+            pass
+        if worker.state is WorkerState.DRAINING:
+            del self._workers[worker.slot]
+            self._event("worker_stopped", worker, reason="scaled down")
+            await worker.stop()
+
+    def _event(self, kind: str, worker: RemoteWorker, **details: Any) -> None:
+        self.events.put_nowait({"kind": kind, "worker": worker.id, **details})
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Nothing of the pool may die silently: whoever asks it next gets the error.
+            self._failure = TrainingFailed(f"the rollout pool failed: {error!r}")
+            self._notify()
+
+    async def _wait_for_change(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if not self._workers and not self._coming:
+            raise TrainingFailed(f"no rollout worker is left; the last one: {self._last_loss}")
+        await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

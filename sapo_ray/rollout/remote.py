@@ -1,0 +1,186 @@
+"""One rollout worker as the driver sees it: a Ray actor whose every call is bounded, named, and fails in our words."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import psutil
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerLost
+from sapo_ray.rollout.engine import actor_environment
+from sapo_ray.rollout.worker import RolloutWorker
+from sapo_ray.types import CompletionMeta, GroupRequest, PolicyVersion, Published, Takeover
+
+Ref = Any
+Result = TypeVar("Result")
+STOP_S = 30.0
+_CONCURRENT_CALLS = 4096  # groups in flight on one worker, and then some
+
+
+class WorkerState(StrEnum):
+    """`ready` workers may be sampled from once they hold attested weights; `lost` and `stopped` are ends."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerInfo:
+    """A worker for display, and its actor for the learner's native weight push."""
+
+    id: str
+    state: WorkerState
+    version: PolicyVersion | None
+    """Attested weights it holds."""
+    in_flight: int
+    """Completions it is sampling or will sample."""
+    pid: int | None
+    engine_pids: tuple[int, ...]
+    address: str | None
+    actor: Any
+
+
+def ray_remote_args(spec: JobSpec, gpus: bool) -> dict[str, Any]:
+    """Options of a rollout actor: GPUs by `rollout.tensor_parallel` where the cluster has any, else one logical CPU."""
+    resources = {"num_gpus": spec.rollout.tensor_parallel} if gpus else {"num_cpus": 1}
+    return resources | {
+        "max_concurrency": _CONCURRENT_CALLS,
+        "max_restarts": 0,
+        "runtime_env": {"env_vars": actor_environment(spec, gpus)},
+    }
+
+
+class RemoteWorker:
+    """Handle of one actor. Its errors are this package's: WorkerLost, DeadlineExceeded, or what the worker raised."""
+
+    def __init__(self, spec: JobSpec, model_path: str, worker_id: str, slot: int, gpus: bool) -> None:
+        self.id, self.slot = worker_id, slot
+        self.state = WorkerState.STARTING
+        self.takeover: Takeover | None = None
+        self.in_flight = 0
+        self.bringing = asyncio.Lock()
+        self.last_progress = asyncio.get_running_loop().time()
+        self._asked = ray_remote_args(spec, gpus)
+        self.actor = ray.remote(RolloutWorker).options(**self._asked).remote(spec, model_path, worker_id)
+        self._info: dict[str, Any] = {}
+        self._processes: list[psutil.Process] = []
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        return self.takeover.version if self.takeover else None
+
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(
+            id=self.id,
+            state=self.state,
+            version=self.version,
+            in_flight=self.in_flight,
+            pid=self._info.get("pid"),
+            engine_pids=tuple(self._info.get("engine_pids", ())),
+            address=self._info.get("address"),
+            actor=self.actor,
+        )
+
+    async def start(self, noise: Takeover | None, deadline_s: float) -> None:
+        """Load the model; the error carries the actor's own traceback."""
+        try:
+            self._info = await self._call(self.actor.start.remote(noise), deadline_s, "start (deadlines.start_s)")
+        except DeadlineExceeded as error:
+            asked = {key: value for key, value in self._asked.items() if key.startswith("num_")}
+            raise DeadlineExceeded(f"{error}; asked {asked}, free in the cluster {ray.available_resources()}") from None
+        if self._info["address"] == socket.gethostname():
+            self._processes = [psutil.Process(pid) for pid in (self._info["pid"], *self._info["engine_pids"])]
+
+    async def heartbeat(self, deadline_s: float) -> None:
+        """Raises unless the worker's event loop answers."""
+        self._info = await self._call(self.actor.stats.remote(), deadline_s, "answer its heartbeat")
+
+    async def until_broken(self) -> SapoRayError:
+        """Return why the worker cannot be used any more, as soon as that is so."""
+        try:
+            await self.actor.until_broken.remote()
+        except RayError as error:
+            return self._translated(error, "waiting")
+        return WorkerLost(f"{self.id} ended")
+
+    async def take_over(self, published: Published, deadline_s: float) -> Takeover:
+        """See RolloutWorker.take_over; the buckets go by reference."""
+        call = self.actor.take_over.remote(published.manifest, *published.buckets)
+        return await self._call(call, deadline_s, f"take over weights {published.manifest.version}")
+
+    async def generate(
+        self, request: GroupRequest, deadline: float
+    ) -> AsyncGenerator[tuple[CompletionMeta, Ref], None]:
+        """Completions as they finish, until `deadline` (the loop's clock); the rest is aborted when this is closed."""
+        stream = self.actor.generate.options(num_returns="streaming").remote(request)
+        left = len(request.samples)
+        try:
+            while left:
+                metas = await self._next(stream, deadline, request, read=True)
+                for meta in metas:
+                    payload = await self._next(stream, deadline, request, read=False)
+                    left -= 1
+                    self.last_progress = asyncio.get_running_loop().time()
+                    yield meta, payload
+        finally:
+            if left:
+                ray.cancel(stream)
+
+    async def _next(self, stream: Any, deadline: float, request: GroupRequest, *, read: bool) -> Any:
+        what = f"sampling group {request.group_id}"
+        try:
+            async with asyncio.timeout_at(deadline):
+                ref = await anext(stream)
+                return await ref if read else ref
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.id} did not finish {what} in time (rollout.group_deadline_s)") from None
+        except RayError as error:
+            raise self._translated(error, what) from None
+        except StopAsyncIteration:
+            raise WorkerLost(f"{self.id} ended the stream of group {request.group_id} early") from None
+
+    async def stop(self) -> None:
+        """End the actor and its engine, politely if it answers."""
+        ready = self.state in (WorkerState.READY, WorkerState.DRAINING)
+        self.state = WorkerState.STOPPED
+        if ready:
+            with suppress(SapoRayError):  # it is killed next, which is all that is left to do
+                await self._call(self.actor.stop.remote(), STOP_S, "stop")
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the actor, and see to it that no process of it is left on this host."""
+        ray.kill(self.actor, no_restart=True)
+        _, alive = await asyncio.to_thread(psutil.wait_procs, self._processes, 5)
+        for process in alive:
+            process.kill()
+        if alive:
+            await asyncio.to_thread(psutil.wait_procs, alive, 5)
+
+    async def _call(self, ref: Awaitable[Result], deadline_s: float, what: str) -> Result:
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await ref
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.id} did not {what} within {deadline_s:g} s") from None
+        except RayError as error:
+            raise self._translated(error, what) from None
+
+    def _translated(self, error: RayError, what: str) -> SapoRayError:
+        if isinstance(error, RayTaskError):
+            if isinstance(error.cause, SapoRayError):
+                return type(error.cause)(str(error.cause))
+            return WorkerLost(f"{self.id} failed to {what}:\n{error}")
+        return WorkerLost(f"{self.id} died ({what}): {str(error).splitlines()[0]}")
