@@ -1,0 +1,304 @@
+"""The learner ranks as one: starts them, runs each verb on all of them, and ends them together.
+
+Ranks work in collectives, so a rank that dies leaves the others waiting. Every call therefore watches all ranks at
+once: the first failure ends the call, the remaining ranks are killed, and the caller hears which rank was lost. Every
+wait has a bound and a name. A group that failed is not used again; its owner starts a new one from the last checkpoint.
+
+    spec.deadlines.start_s       actors placed, model loaded, engines ready
+    spec.deadlines.step_s        train
+    spec.deadlines.publish_s     publish
+    spec.deadlines.checkpoint_s  save, load
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from sapo_ray.algorithms.diagnostics import TokenStats
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError, WorkerLost
+from sapo_ray.learner.batching import SampleId, StepPlan, plan_step
+from sapo_ray.learner.engine import Place
+from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport
+from sapo_ray.learner.worker import LearnerWorker
+from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
+
+DEATH_NOTICE_S = 5.0
+"""How long after a rank's error another rank's death may become known: a peer's death shows first as a broken
+connection in a collective, and only then as the death of an actor."""
+
+
+class LearnerGroup:
+    """All learner ranks. Ray must be initialised; calls must not overlap."""
+
+    def __init__(self, spec: JobSpec, model_path: str) -> None:
+        self.spec = spec
+        self.model_path = model_path
+        self.ranks: list[RankInfo] = []
+        self._actors: list[Any] = []
+        self._placement: PlacementGroup | None = None
+        self._version = PolicyVersion(0, 0)
+
+    # -- start and end -------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Place the ranks, connect them, load the model.
+
+        Raises
+            ResourceError: the cluster has no room for the ranks, or its object store none for published weights
+            ModelError, ConfigError: the model or the settings are not supported
+            WorkerLost, DeadlineExceeded: a rank failed or did not get ready; the group is closed
+        """
+        end = time.monotonic() + self.spec.deadlines.start_s
+        gpu = ray.cluster_resources().get("GPU", 0) > 0
+        await self._place(gpu, end)
+        count = self.spec.learner.ranks
+        for rank in range(count):
+            place = Place(rank=rank, ranks=count, gpu=gpu)
+            options = self._options(rank, gpu)
+            self._actors.append(ray.remote(LearnerWorker).options(**options).remote(self.spec, self.model_path, place))
+        name = "learner start (deadlines.start_s)"
+        host, port = await self._on_rank_0("listen", name, end)
+        self.ranks = await self._on_all("setup", name, end, host, port)
+        self._check_object_store()
+
+    async def close(self) -> None:
+        """End all ranks. Safe to call more than once."""
+        self._kill()
+
+    def pids(self) -> list[int]:
+        """Process ids by rank."""
+        return [info.pid for info in self.ranks]
+
+    # -- verbs ---------------------------------------------------------------------------------------------------
+
+    async def set_canary(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Sequences by which receivers of published weights are tested (I3); at least two tokens each."""
+        fixed = tuple(tuple(int(token) for token in sequence) for sequence in sequences)
+        assert all(len(sequence) > 1 for sequence in fixed), fixed
+        end = time.monotonic() + self.spec.deadlines.publish_s
+        await self._on_all("set_canary", "learner set_canary (deadlines.publish_s)", end, fixed)
+
+    async def train(self, step: int, samples: Sequence[TrainSample]) -> StepReport:
+        """All updates of one step. Payloads are passed on by ref and never opened here.
+
+        Raises
+            TrainingFailed: learner.max_nonfinite updates in a row had a non-finite gradient
+            WorkerLost: a rank died, or a payload was lost with its node; the group is closed
+            DeadlineExceeded: not done within deadlines.step_s; the group is closed
+        """
+        plan = plan_step(samples, self.spec, step, self._version.number)
+        end = time.monotonic() + self.spec.deadlines.step_s
+        seconds: dict[str, float] = defaultdict(float)
+
+        async def timed(verb: str, *args: Any) -> list[Any]:
+            started = time.monotonic()
+            name = f"step {step}: learner {verb}{args or ''} (deadlines.step_s)"
+            result = await self._on_all(verb, name, end, *args)
+            seconds[verb] += time.monotonic() - started
+            return result
+
+        started = time.monotonic()
+        calls = [
+            actor.load_batch.remote(part, *(samples[i].payload for i in part.samples))
+            for actor, part in zip(self._actors, plan.ranks, strict=True)
+        ]
+        await self._gather(calls, f"step {step}: learner load_batch (deadlines.step_s)", end)
+        seconds["load_batch"] = time.monotonic() - started
+        await timed("prepare")
+        reports: list[list[UpdateReport]] = []
+        for update in range(len(plan.updates)):
+            await timed("forward_backward", update)
+            reports.append(await timed("optim_step", update))
+        stats = TokenStats()
+        for part in await timed("finish_step"):
+            stats.merge(part)
+        return _step_report(step, plan, reports, stats, dict(seconds))
+
+    async def publish(self, version: PolicyVersion) -> Published:
+        """Weights of this moment as objects owned by the caller's process.
+
+        Raises
+            WorkerLost, DeadlineExceeded: the group is closed
+        """
+        end = time.monotonic() + self.spec.deadlines.publish_s
+        name = f"learner publish {version} (deadlines.publish_s)"
+        streams = [actor.publish.options(num_returns="streaming").remote(version) for actor in self._actors]
+        drained = await self._race([asyncio.to_thread(_drain, stream) for stream in streams], name, end)
+        buckets, manifest = drained[0]
+        assert isinstance(manifest, WeightsManifest), manifest
+        self._version = version
+        return Published(manifest=manifest, buckets=tuple(buckets))
+
+    async def save(self, folder: Path) -> None:
+        """Write all ranks' state into an existing, empty folder. Durability and visibility are the caller's."""
+        await self._checkpoint("save", folder)
+
+    async def load(self, folder: Path) -> None:
+        """Restore what save wrote, right after start. Raises CheckpointError."""
+        await self._checkpoint("load", folder)
+
+    async def peak_publish_bytes(self) -> list[int]:
+        """By rank: most bytes that publishing held at once beyond the shards."""
+        end = time.monotonic() + self.spec.deadlines.publish_s
+        return await self._on_all("peak_bytes", "learner peak_bytes (deadlines.publish_s)", end)
+
+    # -- private -------------------------------------------------------------------------------------------------
+
+    async def _place(self, gpu: bool, end: float) -> None:
+        bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": 1.0}
+        self._placement = placement_group([bundle] * self.spec.learner.ranks, strategy="PACK")
+        if not await asyncio.to_thread(self._placement.wait, max(1.0, end - time.monotonic())):
+            self._kill()
+            free = {key: amount for key, amount in ray.available_resources().items() if key in ("CPU", "GPU")}
+            raise ResourceError(
+                f"no room for learner.ranks: {self.spec.learner.ranks} within deadlines.start_s "
+                f"({self.spec.deadlines.start_s:g} s): each asks for {bundle}, the cluster has {free} free; "
+                "add nodes, or lower learner.ranks or rollout.workers"
+            )
+
+    def _options(self, rank: int, gpu: bool) -> dict[str, Any]:
+        assert self._placement is not None
+        on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        return {
+            "num_cpus": 1,
+            "num_gpus": 1 if gpu else 0,
+            "runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else on_cpu)},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self._placement, placement_group_bundle_index=rank
+            ),
+        }
+
+    def _check_object_store(self) -> None:
+        """The last published weights stay readable until the next are complete: room for two sets."""
+        needed = 2 * self.ranks[0].published_bytes
+        node = next(node for node in ray.nodes() if node["NodeID"] == self.ranks[0].node_id)
+        capacity = int(node["Resources"].get("object_store_memory", 0))
+        if needed > capacity:
+            self._kill()
+            raise ResourceError(
+                f"Ray's object store on {self.ranks[0].host} has {capacity / 1e9:.3g} GB, but two sets of published "
+                f"weights take {needed / 1e9:.3g} GB; start Ray there with --object-store-memory of at least "
+                f"{needed * 1.25:.0f} bytes (and as much shared memory: /dev/shm of a container is 64 MB by default)"
+            )
+
+    async def _checkpoint(self, verb: str, folder: Path) -> None:
+        end = time.monotonic() + self.spec.deadlines.checkpoint_s
+        await self._on_all(verb, f"learner {verb} {folder} (deadlines.checkpoint_s)", end, str(folder))
+
+    async def _on_all(self, verb: str, name: str, end: float, *args: Any) -> list[Any]:
+        """One verb on all ranks; results by rank."""
+        return await self._gather([getattr(actor, verb).remote(*args) for actor in self._actors], name, end)
+
+    async def _on_rank_0(self, verb: str, name: str, end: float) -> Any:
+        return (await self._gather([getattr(self._actors[0], verb).remote()], name, end))[0]
+
+    async def _gather(self, refs: Sequence[ray.ObjectRef[Any]], name: str, end: float) -> list[Any]:
+        return await self._race([asyncio.wrap_future(ref.future()) for ref in refs], name, end)
+
+    async def _race(self, calls: Sequence[Awaitable[Any]], name: str, end: float) -> list[Any]:
+        """Results by rank; or, after the first failure, the deadline or a cancellation, a closed group and an error."""
+        assert self._actors, "the learner group is not started, or was closed after a failure"
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        try:
+            done, pending = await asyncio.wait(
+                tasks, timeout=max(0.0, end - time.monotonic()), return_when=asyncio.FIRST_EXCEPTION
+            )
+            failed = [task for task in done if task.exception() is not None]
+            if not failed and not pending:
+                return [task.result() for task in tasks]
+            if failed and pending:
+                await asyncio.wait(pending, timeout=DEATH_NOTICE_S)
+            problem = self._explain(tasks, name)
+        except asyncio.CancelledError:
+            self._kill()
+            raise
+        self._kill()
+        raise problem
+
+    def _explain(self, tasks: Sequence[asyncio.Future[Any]], name: str) -> SapoRayError:
+        """The error to raise: a rank's death before its consequences, a rank's own verdict before other errors."""
+        errors = {rank: task.exception() for rank, task in enumerate(tasks) if task.done() and task.exception()}
+        for rank, error in errors.items():
+            if isinstance(error, RayActorError):
+                return WorkerLost(f"{name}: rank {rank} died: {error}")
+        for error in errors.values():
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if isinstance(cause, SapoRayError):
+                return cause
+        for rank, error in errors.items():
+            return WorkerLost(f"{name}: rank {rank} failed:\n{error}")
+        waiting = [rank for rank, task in enumerate(tasks) if not task.done()]
+        return DeadlineExceeded(f"{name}: rank {waiting} not done in time; the learner group is closed")
+
+    def _kill(self) -> None:
+        """End every rank. Their tasks fail, so that no thread is left waiting for them."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+
+def _drain(stream: Any) -> tuple[list[Any], Any]:
+    """(refs of all items but the last, the last item) of a streaming actor method.
+
+    Blocking, and deliberately not `async for`, which would fetch every bucket to this node; here only the manifest
+    is fetched. If the method raised, its error is the last item.
+    """
+    refs = list(stream)
+    return refs[:-1], ray.get(refs[-1]) if refs else None
+
+
+def _step_report(
+    step: int, plan: StepPlan, reports: Sequence[Sequence[UpdateReport]], stats: TokenStats, seconds: dict[str, float]
+) -> StepReport:
+    """One report from those of the ranks (inner sequences: one update's, by rank)."""
+    details = [
+        UpdateReport(
+            mini_batch=ranks[0].mini_batch,
+            loss=ranks[0].loss,
+            grad_norm=ranks[0].grad_norm,
+            lr=ranks[0].lr,
+            skipped=ranks[0].skipped,
+            max_log_ratio=max(report.max_log_ratio for report in ranks),
+        )
+        for ranks in reports
+    ]
+    applied = [report for report in details if not report.skipped]
+    metrics = stats.summary() | {
+        "learner/updates": float(len(applied)),
+        "learner/nonfinite_updates": float(len(details) - len(applied)),
+        "learner/lr": details[-1].lr,
+    }
+    if applied:
+        metrics |= {
+            "learner/loss": sum(report.loss for report in applied) / len(applied),
+            "learner/grad_norm": sum(report.grad_norm for report in applied) / len(applied),
+            "learner/grad_norm_max": max(report.grad_norm for report in applied),
+            "learner/log_ratio_max": max(report.max_log_ratio for report in applied),
+        }
+    trained = {report.mini_batch for report in applied}
+    dropped: list[SampleId] = [
+        sample for number, members in enumerate(plan.members) if number not in trained for sample in members
+    ]
+    return StepReport(
+        step=step,
+        metrics=metrics,
+        updates=len(applied),
+        nonfinite=len(details) - len(applied),
+        dropped=tuple(dropped),
+        seconds=seconds,
+        details=tuple(details),
+    )
