@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -118,10 +119,12 @@ def validate(
         for warning in advice(spec):
             console.print(f"[yellow]note:[/] {warning}", highlight=False)
         if inputs:
-            from sapo_ray.driver.inputs import check_inputs
+            from sapo_ray.driver.inputs import prepare_inputs
 
-            for line in check_inputs(spec):
-                print(line)
+            with tempfile.TemporaryDirectory(prefix="sapo-validate-") as folder:
+                found = prepare_inputs(spec, Path(folder) / "model")
+            print(f"  inputs: {len(found.prompts)} prompts, {found.prompts.skipped} skipped as too long, ", end="")
+            print(f"{len(found.evaluation)} for evaluation; model and every reference answer can be used")
 
 
 @app.command("eval")
@@ -201,4 +204,8 @@ def grade(
 
 def main() -> None:
     """Entry point of the `sapo-ray` command."""
+    # Libraries' own progress bars would run through ours; set before any of them is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()

@@ -40,10 +40,8 @@ class DropReason(StrEnum):
     VERIFIER_ERRORS = "verifier_errors"
     STALE = "stale"
     ZERO_SIGNAL = "zero_signal"
-    ROLLED_BACK = "rolled_back"
     QUARANTINED = "quarantined"
     NONFINITE = "nonfinite"
-    DEADLINE = "deadline"
 
 
 class PolicyVersion(NamedTuple):

@@ -48,6 +48,7 @@ def ray_for(spec: JobSpec, model_bytes: int, logs: Path) -> Iterator[None]:
             object_store_memory=store,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level="error",
             _temp_dir=folder,
             runtime_env={"env_vars": ACTOR_ENV},
         )

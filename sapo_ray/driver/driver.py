@@ -114,9 +114,11 @@ class Driver:
             while self._step < self._spec.steps:
                 self._stop_if_superseded()
                 self._drops.clear()
+                began = time.monotonic()
                 batch = await self._next_batch()
                 metrics = await self._train(batch)
                 metrics |= await self._publish()
+                metrics["seconds/step"] = time.monotonic() - began
                 self._window.release()
                 self._fill()
                 await self._record(batch, metrics)
@@ -281,7 +283,8 @@ class Driver:
     async def _record(self, batch: Batch, metrics: dict[str, float]) -> None:
         """Metrics, conditions and the journal, durable before the next step."""
         metrics |= {f"drops/{reason}": float(self._drops[reason]) for reason in DropReason}
-        metrics |= {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
+        metrics |= {f"seconds/all_{phase}": seconds for phase, seconds in self._seconds.items()}
+        metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
         if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
             self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
         stale = self._drops[DropReason.STALE] / self._spec.rollout.prompts_per_step

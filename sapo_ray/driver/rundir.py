@@ -26,10 +26,11 @@ from sapo_ray.errors import CheckpointError, ConfigError
 
 
 def new_run_dir(spec: JobSpec) -> Path:
-    """The folder for a new run: `run_dir`, which must not hold a run yet, or one named after job and time."""
+    """The folder for a new run: `run_dir`, or one named after job and time; never one whose run took a step."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = Path(spec.run_dir) if spec.run_dir else Path("runs") / f"{spec.name}-{stamp}"
-    if (path / "spec.json").exists():
+    metrics = path / "metrics.jsonl"
+    if (path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size):
         raise ConfigError(
             f"run_dir {path} holds a run already; go on with it by `sapo-ray resume {path}`, or name another folder"
         )

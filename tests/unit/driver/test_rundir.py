@@ -16,6 +16,8 @@ from sapo_ray.errors import CheckpointError, ConfigError
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     spec = job(run_dir=str(tmp_path))
     write_spec(tmp_path, spec)
+    assert new_run_dir(spec) == tmp_path, "a job that failed before its first step may be mended and sent again"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"holds a run already; go on with it by `sapo-ray resume"):
         new_run_dir(spec)
 

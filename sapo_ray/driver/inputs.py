@@ -1,0 +1,81 @@
+"""The inputs of a job, found good before any engine starts: model, tokenizer, prompts, reference answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sapo_ray.config.spec import JobSpec, SourceSpec, VerifierSpec
+from sapo_ray.data.prompts import PromptSource, evaluation_prompts
+from sapo_ray.data.sources import load_rows
+from sapo_ray.errors import DataError
+from sapo_ray.models.prepare import prepare_model
+from sapo_ray.models.tokenizer import load_tokenizer
+from sapo_ray.types import Prompt
+from sapo_ray.verifier.golds import check_gold
+
+CANARY_SEQUENCES = 4
+CANARY_TOKENS = 256
+SHOWN = 3
+"""Unusable references named in an error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a run needs before it starts engines."""
+
+    model_path: Path
+    prompts: PromptSource
+    evaluation: list[Prompt]
+    canary: tuple[tuple[int, ...], ...]
+    """The first prompts of the job, cut to a bounded length: fixed for the run and of the real distribution."""
+    seconds: float
+
+
+def prepare_inputs(
+    spec: JobSpec, model_folder: Path, on_warm_start: Callable[[int, float, float], None] | None = None
+) -> Inputs:
+    """Load or make everything a job names.
+
+    Raises:
+        ModelError, DataError, ConfigError: whatever is wrong with the inputs, naming key, file and row.
+    """
+    began = time.monotonic()
+    check_references(spec)
+    model_path = prepare_model(spec.model, model_folder, spec.seed, on_warm_start)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
+    canary = PromptSource(spec.data, tokenizer, spec.seed)
+    evaluation = (
+        evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit)
+        if spec.evaluation.data
+        else []
+    )
+    return Inputs(
+        model_path=model_path,
+        prompts=PromptSource(spec.data, tokenizer, spec.seed),
+        evaluation=evaluation,
+        canary=tuple(canary.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES)),
+        seconds=time.monotonic() - began,
+    )
+
+
+def check_references(spec: JobSpec) -> None:
+    """Raise DataError if a reference answer of any source cannot be graded against."""
+    for source in [*spec.data.train, *spec.evaluation.data]:
+        if source.path.startswith("builtin:"):
+            continue  # made by rule; their tests check them
+        _check_source(source, spec.verifier)
+
+
+def _check_source(source: SourceSpec, verifier: VerifierSpec) -> None:
+    rows = load_rows(source)
+    unusable = check_gold(rows.golds, verifier)
+    if unusable:
+        named = "; ".join(f"{rows.places[row]}: {rows.golds[row][:80]!r}" for row in unusable[:SHOWN])
+        more = f" and {len(unusable) - SHOWN} more" if len(unusable) > SHOWN else ""
+        raise DataError(
+            f"{len(unusable)} of {len(rows)} reference answers of {source.path} cannot be parsed: {named}{more}; "
+            "mend or remove these rows, set gold to where the answer stands, or use a verifier.reward of your own"
+        )
