@@ -112,7 +112,7 @@ def _gate(objective: Objective, log_ratio: Tensor, positive: Tensor, mask: Tenso
     gate = evaluate(
         objective.gate,
         log_ratio,
-        torch.where(positive, objective.tau_pos, objective.tau_neg),
+        torch.full_like(log_ratio, objective.tau_neg).masked_fill(positive, objective.tau_pos),
         positive=positive,
         restoring=objective.restoring,
         eps_low=objective.eps_low,
