@@ -102,7 +102,7 @@ def check_resume(old: JobSpec, new: JobSpec) -> list[str]:
         allowed = ", ".join(key if key in ("steps", "rollout.workers") else f"{key}.*" for key in RESUMABLE)
         raise ConfigError(
             f"a resumed run cannot change {', '.join(refused)}; it may change {allowed}. For anything else start a "
-            "new job, with model.path set to the model that this run exported"
+            "new job, with model.path set to the export/ folder of this run"
         )
     return changed
 
