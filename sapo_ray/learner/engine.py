@@ -80,16 +80,28 @@ def build_engine(spec: JobSpec, model_path: str, place: Place) -> Any:
     return engine
 
 
+class _ShardedLoading:
+    """What transformers asks for under ZeRO-3 (its own HfDeepSpeedConfig wants accelerate installed)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
 def _load(spec: JobSpec, model_path: str, config: dict[str, Any]) -> Policy:
     """Under ZeRO-3 parameters are sharded as they are read, so that no rank ever holds the whole model."""
     if spec.learner.zero_stage < 3:
         return load_policy(model_path, spec.model, spec.learner.gradient_checkpointing)
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    keep = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards
-    policy = load_policy(model_path, spec.model, spec.learner.gradient_checkpointing)
-    del keep
-    return policy
+    sharded = _ShardedLoading(config)
+    set_hf_deepspeed_config(sharded)  # keeps a weak reference only
+    try:
+        return load_policy(model_path, spec.model, spec.learner.gradient_checkpointing)
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def deepspeed_config(spec: JobSpec, place: Place) -> dict[str, Any]:
