@@ -9,13 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from sapo_ray import __version__
 from sapo_ray.errors import SapoRayError
+
+if TYPE_CHECKING:
+    from sapo_ray.config.spec import JobSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,14 +111,9 @@ def validate(
     with _user_errors():
         spec = load_job(job, set_ or [])
         from sapo_ray.algorithms.settings import advice
-        from sapo_ray.config.estimate import estimate
 
         console.print(f"[green]valid[/]: {job}", highlight=False)
-        needs = estimate(spec)
-        for label, value in needs.table():
-            print(f"  {label:<28} {value}")
-        for assumption in needs.assumptions:
-            print(f"  assumed: {assumption}")
+        _print_estimate(spec)
         for warning in advice(spec):
             console.print(f"[yellow]note:[/] {warning}", highlight=False)
         if inputs:
@@ -125,6 +123,21 @@ def validate(
                 found = prepare_inputs(spec, Path(folder) / "model")
             print(f"  inputs: {len(found.prompts)} prompts, {found.prompts.skipped} skipped as too long, ", end="")
             print(f"{len(found.evaluation)} for evaluation; model and every reference answer can be used")
+
+
+def _print_estimate(spec: JobSpec) -> None:
+    from sapo_ray.config.architecture import find_architecture
+    from sapo_ray.config.estimate import estimate
+
+    architecture = find_architecture(spec.model)
+    if architecture is None:
+        print(f"  no estimate: the sizes of {spec.model.path} are not known without network; try a local folder")
+        return
+    needs = estimate(spec, architecture)
+    for label, value in needs.table():
+        print(f"  {label:<28} {value}")
+    for assumption in needs.assumptions:
+        print(f"  assumed: {assumption}")
 
 
 @app.command("eval")

@@ -1,0 +1,150 @@
+"""Whole runs through the command line, on real engines."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from harness import Command, rows, run, wait_for
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "preset=quickstart",
+    "steps=5",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "evaluation.data=[]",
+    "checkpoint.every=2",
+    "model.warm_start_accuracy=0.1",
+]
+"""The quickstart's parts at a size where a step takes no time."""
+EXACT = ("learner/loss", "learner/grad_norm", "reward/mean", "length/mean", "policy/entropy", "mismatch/abs_max")
+
+
+def arguments(run_dir: Path, *settings: str) -> list[str]:
+    job = str(ROOT / "configs" / "quickstart.yaml")
+    return ["train", job, *(a for s in (*SMALL, f"run_dir={run_dir}", *settings) for a in ("--set", s))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(arguments(folder / "run"), folder / "log")
+    return folder / "run"
+
+
+def test_a_run_directory_holds_what_is_promised(uninterrupted: Path) -> None:
+    assert [row["step"] for row in rows(uninterrupted / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    result = json.loads((uninterrupted / "result.json").read_text())
+    assert result["status"] == "succeeded"
+    assert result["steps"] == 5
+    assert {"model", "start", "generation", "training", "publish", "checkpoint", "export"} <= set(result["seconds"])
+    assert result["versions"]["ray"] == "2.60.0"
+    spec = json.loads((uninterrupted / "spec.json").read_text())
+    assert spec["learner"]["lr"] == 5e-4, "resolved: the preset's values are in it"
+    assert (uninterrupted / "checkpoints" / "latest").read_text() == "step-000005"
+    texts = rows(uninterrupted / "samples.jsonl")
+    assert len(texts) == 5 * 4 * 4
+    assert all(row["prompt"].endswith("=") for row in texts)
+
+
+def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_uninterrupted_one(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+
+    first = Command(arguments(run_dir))
+    process = first.start(log)
+    wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()[-3000:]
+    assert first.leaves_nothing() == [], "after Ctrl-C"
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
+
+    second = Command(["resume", str(run_dir)])
+    process = second.start(log)
+    wait_for(lambda: any(row["step"] >= 3 for row in rows(run_dir / "metrics.jsonl")), process, log)
+    process.kill()
+    process.wait(timeout=30)
+    assert second.leaves_nothing() == [], "after kill -9 of the driver"
+
+    run(["resume", str(run_dir)], log)
+    expected = [[row[key] for key in EXACT] for row in rows(uninterrupted / "metrics.jsonl")]
+    assert [[row[key] for key in EXACT] for row in rows(run_dir / "metrics.jsonl")] == expected
+    assert (run_dir / "attempt").read_text().strip() == "3"
+
+
+def test_a_finished_run_is_not_resumed_into_zero_steps(uninterrupted: Path, tmp_path: Path) -> None:
+    process = Command(["resume", str(uninterrupted)]).start(tmp_path / "log")
+    assert process.wait(timeout=60) == 1
+    assert (
+        "has taken all its 5 steps and succeeded; to train on, --set steps=N with N > 5"
+        in (tmp_path / "log").read_text()
+    )
+
+
+def test_a_resume_that_changes_the_recipe_is_refused_by_key(uninterrupted: Path, tmp_path: Path) -> None:
+    process = Command(["resume", str(uninterrupted), "--set", "learner.lr=1e-3"]).start(tmp_path / "log")
+    assert process.wait(timeout=60) == 1
+    assert "learner.lr" in (tmp_path / "log").read_text()
+
+
+def test_overlapped_training_on_real_engines_stays_within_its_bound(tmp_path: Path) -> None:
+    run(arguments(tmp_path / "run", "rollout.max_staleness=1"), tmp_path / "log")
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5]
+    assert max(row["age/sample_max"] for row in metrics) == 1
+    assert sum(row["drops/stale"] for row in metrics) == 0
+
+
+def smoke(tmp_path: Path, train: Path, test: Path) -> None:
+    job = str(ROOT / "configs" / "gsm8k-smoke.yaml")
+    settings = [f"run_dir={tmp_path / 'run'}", "data.train.0.config=null", "evaluation.data.0.config=null"]
+    settings += [f"data.train.0.path={train}", f"evaluation.data.0.path={test}", "deadlines.start_s=300"]
+    run(["train", job, *(a for s in settings for a in ("--set", s))], tmp_path / "log")
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    # A random model never ends its answer and never gives one: cut at the limit, wrong, and no verifier error.
+    assert {row["length/max"] for row in metrics} == {48.0}
+    assert all(row["length/truncated"] > 0.5 for row in metrics)
+    assert {row["verifier/errors"] for row in metrics} == {0.0}
+    sample = rows(tmp_path / "run" / "samples.jsonl")[0]
+    assert sample["prompt"].endswith("End with #### and the number.<|im_end|>\n<|im_start|>assistant\n")
+    assert sample["gold"].isdigit()
+    assert sample["verdict"] == "wrong"
+
+
+def test_gsm8k_smoke_on_its_own_files(shared: Path, tmp_path: Path) -> None:
+    smoke(tmp_path, shared / "data" / "gsm8k" / "train.jsonl", shared / "data" / "gsm8k" / "test.jsonl")
+
+
+def test_gsm8k_smoke_on_problems_of_the_same_format(tmp_path: Path) -> None:
+    problems = ROOT / "tests" / "data" / "problems.jsonl"
+    smoke(tmp_path, problems, problems)
+
+
+def test_the_quickstart_learns_and_its_export_is_the_model_that_was_measured(tmp_path: Path) -> None:
+    job = str(ROOT / "configs" / "quickstart.yaml")
+    run(["train", job, "--set", f"run_dir={tmp_path / 'run'}", "--json"], tmp_path / "log")
+    accuracy = json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"]
+    assert accuracy["before"]["greedy"]["mean"] < 0.45
+    assert accuracy["after"]["greedy"]["mean"] >= 0.90
+    assert accuracy["after"]["greedy"]["prompts"] == 512
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sapo_ray.data.addition import heldout_pairs
+    from sapo_ray.models.warm_start import measure_accuracy
+
+    export = tmp_path / "run" / "export"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    alone = measure_accuracy(model, tokenizer, heldout_pairs(), temperature=0.0)
+    assert alone == pytest.approx(accuracy["after"]["greedy"]["mean"], abs=0.01), "transformers on the export"
+
+    output = run(["eval", job, "--model", str(export), "--json"], tmp_path / "log")
+    again = json.loads(output[output.index("{") :])
+    assert again["greedy"]["mean"] == accuracy["after"]["greedy"]["mean"], "vLLM on the export, the same greedy answers"
