@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import ray
@@ -73,6 +74,7 @@ class RemoteWorker:
         self.bringing = asyncio.Lock()
         self.last_progress = asyncio.get_running_loop().time()
         self._asked = ray_remote_args(spec, gpus)
+        self._keys = itertools.count()
         self.actor = ray.remote(RolloutWorker).options(**self._asked).remote(spec, model_path, worker_id)
         self._info: dict[str, Any] = {}
         self._processes: list[psutil.Process] = []
@@ -124,32 +126,33 @@ class RemoteWorker:
         self, request: GroupRequest, deadline: float
     ) -> AsyncGenerator[tuple[CompletionMeta, Ref], None]:
         """Completions as they finish, until `deadline` (the loop's clock); the rest is aborted when this is closed."""
-        stream = self.actor.generate.options(num_returns="streaming").remote(request)
-        left = len(request.samples)
+        left, begin = len(request.samples), cast(GroupRequest | None, request)
+        key = f"{request.group_id}#{next(self._keys)}"
         try:
             while left:
-                metas = await self._next(stream, deadline, request, read=True)
-                for meta in metas:
-                    payload = await self._next(stream, deadline, request, read=False)
-                    left -= 1
-                    self.last_progress = asyncio.get_running_loop().time()
-                    yield meta, payload
+                # Each payload is a return value of its own, owned by this process: it outlives the worker.
+                metas, *payloads = self.actor.collect.options(num_returns=1 + left).remote(key, begin, left)
+                finished = await self._until(metas, deadline, request)
+                begin, left = None, left - len(finished)
+                self.last_progress = asyncio.get_running_loop().time()
+                for completion in zip(finished, payloads, strict=False):
+                    yield completion
         finally:
             if left:
-                ray.cancel(stream)
+                self.actor.abort.remote(key)
 
-    async def _next(self, stream: Any, deadline: float, request: GroupRequest, *, read: bool) -> Any:
-        what = f"sampling group {request.group_id}"
+    async def _until(
+        self, metas: Awaitable[tuple[CompletionMeta, ...]], deadline: float, request: GroupRequest
+    ) -> tuple[CompletionMeta, ...]:
         try:
             async with asyncio.timeout_at(deadline):
-                ref = await anext(stream)
-                return await ref if read else ref
+                return await metas
         except TimeoutError:
-            raise DeadlineExceeded(f"{self.id} did not finish {what} in time (rollout.group_deadline_s)") from None
+            raise DeadlineExceeded(
+                f"{self.id} did not finish group {request.group_id} in time (rollout.group_deadline_s)"
+            ) from None
         except RayError as error:
-            raise self._translated(error, what) from None
-        except StopAsyncIteration:
-            raise WorkerLost(f"{self.id} ended the stream of group {request.group_id} early") from None
+            raise self._translated(error, f"sample group {request.group_id}") from None
 
     async def stop(self) -> None:
         """End the actor and its engine, politely if it answers."""

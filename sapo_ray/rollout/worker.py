@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import numpy as np
 import psutil
 from transformers import AutoTokenizer
 
@@ -26,19 +24,12 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError, SapoRayError, WeightsRefused, WorkerLost
 from sapo_ray.rollout import engine as engines
 from sapo_ray.rollout.attestation import Gate
+from sapo_ray.rollout.sampling import Finished, GroupSampling
 from sapo_ray.rollout.takeover import Bucket, WeightReceiver
-from sapo_ray.types import (
-    CompletionMeta,
-    CompletionPayload,
-    GroupRequest,
-    PolicyVersion,
-    SampleRequest,
-    Takeover,
-    VersionSpan,
-    WeightsManifest,
-)
+from sapo_ray.types import CompletionMeta, CompletionPayload, GroupRequest, Takeover, WeightsManifest
 
-Finished = tuple[CompletionMeta, CompletionPayload]
+PATIENCE_S = 0.2
+"""After a completion of a group finished, how long others of the group may take to be handed out with it."""
 _WATCH_S = 0.1  # between two looks at whether the engine lives
 
 
@@ -48,7 +39,8 @@ class RolloutWorker:
     def __init__(self, spec: JobSpec, model_path: str, worker_id: str) -> None:
         self._spec, self._model_path, self._id = spec, model_path, worker_id
         self._gate = Gate()
-        self._requests = self._completions = self._tokens = 0
+        self._open: dict[str, GroupSampling] = {}
+        self._groups = self._completions = self._tokens = 0
 
     async def start(self, noise: Takeover | None = None) -> dict[str, Any]:
         """Load the model from disk. `noise`: the run's first takeover, if there was one. Returns `stats()`."""
@@ -91,7 +83,7 @@ class RolloutWorker:
             "engine_pids": [process.pid for process in self._processes],
             "address": socket.gethostname(),
             "version": self._gate.attested,
-            "requests": self._requests,
+            "groups": self._groups,
             "completions": self._completions,
             "tokens": self._tokens,
         }
@@ -100,34 +92,41 @@ class RolloutWorker:
         """Return never; raises why once this worker can no longer be used."""
         raise _again(await self._gate.refused())
 
-    async def generate(
-        self, request: GroupRequest
-    ) -> AsyncGenerator[tuple[CompletionMeta, ...] | CompletionPayload, None]:
-        """Sample a group; yields completions as they finish, in batches of what is finished at that moment.
+    async def generate(self, request: GroupRequest) -> AsyncGenerator[CompletionMeta | CompletionPayload, None]:
+        """Sample a group; yields meta, payload, meta, payload, ... of completions as they finish.
 
-        A batch is a tuple of k metas, then the k payloads in the same order, each an object of its own. Everything
-        still running is aborted when the consumer goes away. Raises ConfigError for a prompt that does not fit,
-        WeightsRefused when this worker holds no attested weights, WorkerLost when its engine died.
+        Everything still running is aborted when the consumer goes away. Raises ConfigError for a prompt that does not
+        fit, WeightsRefused when this worker holds no attested weights, WorkerLost when its engine died.
         """
-        self._check(request)
-        finished: asyncio.Queue[Finished | SapoRayError] = asyncio.Queue()
-        running = [asyncio.create_task(self._complete(request, sample, finished)) for sample in request.samples]
-        running.append(asyncio.create_task(self._report_break(finished)))
+        sampling = self._begin(request)
         try:
-            left = len(request.samples)
-            while left:
-                batch, error = await _drain(finished)
-                left -= len(batch)
-                if batch:
-                    yield tuple(meta for meta, _ in batch)
-                for _, payload in batch:
+            while not sampling.done:
+                for meta, payload in await self._collect(sampling):
+                    yield meta
                     yield payload
-                if error is not None:
-                    raise error
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            sampling.close()
+
+    async def collect(self, key: str, request: GroupRequest | None, places: int) -> tuple[Any, ...]:
+        """`generate` for a remote caller, in few calls: begin a group (`request`, first call), return what finished.
+
+        `places` is how many completions are still to come; the answer is a tuple of k metas, their k payloads, and
+        None in the remaining places, so that with `num_returns=1 + places` each payload is an object of its own.
+        One call for several completions costs a fifth of streaming them one by one. Raises as `generate` does.
+        """
+        if request is not None:
+            self._open[key] = self._begin(request)
+        sampling = self._open[key]
+        batch = await self._collect(sampling, PATIENCE_S)
+        if sampling.done:
+            self._open.pop(key).close()
+        metas, payloads = zip(*batch, strict=True)
+        return (metas, *payloads, *[None] * (places - len(batch)))
+
+    async def abort(self, key: str) -> None:
+        """The caller of `collect` goes away: abort what is still running of its group."""
+        if sampling := self._open.pop(key, None):
+            sampling.close()
 
     async def take_over(self, manifest: WeightsManifest, *buckets: Bucket) -> Takeover:
         """See WeightReceiver.take_over."""
@@ -153,7 +152,7 @@ class RolloutWorker:
     async def update_weight_version(self, new_version: str) -> None:
         await self._weights.update_weight_version(new_version)
 
-    def _check(self, request: GroupRequest) -> None:
+    def _begin(self, request: GroupRequest) -> GroupSampling:
         if self._gate.refusal is not None:
             raise _again(self._gate.refusal)
         if self._gate.attested is None:
@@ -164,90 +163,20 @@ class RolloutWorker:
                 f"prompt and completion of group {request.group_id} may have {length} tokens, but the model or "
                 f"data.max_prompt_tokens + rollout.max_new_tokens allow {self._longest}; lower rollout.max_new_tokens"
             )
+        self._groups += 1
+        key = f"{request.group_id}#{self._groups}"
+        return GroupSampling(self._engine, self._tokenizer, self._gate, self._id, request, key)
 
-    async def _complete(
-        self, request: GroupRequest, sample: SampleRequest, finished: asyncio.Queue[Finished | SapoRayError]
-    ) -> None:
-        try:
-            meta, payload = await self._sample(request, sample)
-            await self._gate.passes(max(span.version for span in meta.spans))
-        except SapoRayError as error:
-            finished.put_nowait(error)
-        except ValueError as error:  # vLLM's validation of a request
-            finished.put_nowait(ConfigError(f"group {request.group_id} cannot be sampled: {error}"))
-        except Exception as error:  # noqa: BLE001  whatever else vLLM raises, the engine is not to be trusted
-            finished.put_nowait(WorkerLost(f"{self._id} failed on group {request.group_id}: {error!r}"))
-        else:
-            self._completions += 1
-            self._tokens += meta.tokens
-            finished.put_nowait((meta, payload))
-
-    async def _sample(self, request: GroupRequest, sample: SampleRequest) -> Finished:
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
-        began = time.monotonic()
-        params = SamplingParams(
-            max_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            seed=sample.seed,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
-        self._requests += 1
-        prompt = tokens_input(list(request.prompt_token_ids))
-        outputs = self._engine.generate(prompt, params, f"{request.group_id}/{sample.index}#{self._requests}")
-        (output,) = [result async for result in outputs]
-        (completion,) = output.outputs
-        if completion.finish_reason not in ("stop", "length"):
-            raise WorkerLost(f"{self._id} ended a completion early: {completion.finish_reason}")
-        meta = CompletionMeta(
-            group_id=request.group_id,
-            sample_index=sample.index,
-            prompt_tokens=len(request.prompt_token_ids),
-            tokens=len(completion.token_ids),
-            finish_reason=completion.finish_reason,
-            spans=tuple(
-                VersionSpan(version=PolicyVersion.parse(span.version), start=span.start, end=span.end)
-                for span in completion.weight_versions
-            ),
-            worker=self._id,
-            seconds=time.monotonic() - began,
-        )
-        payload = CompletionPayload(
-            prompt_token_ids=np.asarray(request.prompt_token_ids, dtype=np.int32),
-            token_ids=np.asarray(completion.token_ids, dtype=np.int32),
-            logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
-            text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
-        )
-        return meta, payload
-
-    async def _report_break(self, finished: asyncio.Queue[Finished | SapoRayError]) -> None:
-        finished.put_nowait(_again(await self._gate.refused()))
+    async def _collect(self, sampling: GroupSampling, patience_s: float = 0.0) -> list[Finished]:
+        batch = await sampling.collect(patience_s)
+        self._completions += len(batch)
+        self._tokens += sum(meta.tokens for meta, _ in batch)
+        return batch
 
     async def _watch_engine(self) -> None:
         while not self._engine.errored:  # noqa: ASYNC110  vLLM tells nobody
             await asyncio.sleep(_WATCH_S)
         self._gate.refuse(WorkerLost(f"the engine of {self._id} died"))
-
-
-async def _drain(queue: asyncio.Queue[Finished | SapoRayError]) -> tuple[list[Finished], SapoRayError | None]:
-    """Wait for one item and take all that are there, up to the first error."""
-    batch: list[Finished] = []
-    item = await queue.get()
-    while not isinstance(item, SapoRayError):
-        batch.append(item)
-        if queue.empty():
-            return batch, None
-        item = queue.get_nowait()
-    return batch, item
 
 
 def _again(error: SapoRayError) -> SapoRayError:
