@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from sapo_ray.algorithms.token_logprobs import token_logprobs
 from sapo_ray.config.spec import ModelSpec
@@ -95,6 +96,12 @@ def refuse_unsupported(model: Any) -> None:
     bias: object = head.bias
     if bias is not None:
         raise ModelError(f"{kind}: a language-model head with a bias is not supported; choose a model without")
+    converted = get_model_conversion_mapping(model, add_legacy=False)
+    if converted:
+        raise ModelError(
+            f"{kind}: its weights have other names and shapes in memory than on disk (as of fused experts), so what is "
+            "published would not load; choose a dense model"
+        )
     config = model.config.get_text_config()
     for name in SCALED_HEADS:
         value = getattr(config, name, None)
