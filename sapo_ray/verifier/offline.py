@@ -118,17 +118,17 @@ def _row(path: Path, number: int, line: bytes) -> tuple[dict[str, Any], GradingI
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+        raise DataError(f"{path}:{number}: not JSON ({error})") from error
     if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}")
+        raise DataError(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
     for name in ("completion", "gold"):
         if name not in row:
             raise DataError(
-                f"{path}, line {number}: no field `{name}`; a row needs `completion` and `gold`, got {sorted(row)[:10]}"
+                f"{path}:{number}: no field `{name}`; a row needs `completion` and `gold`, got {sorted(row)[:10]}"
             )
     for name in ("completion", "gold", "prompt"):
         if not isinstance(row.get(name, ""), str):
-            raise DataError(f"{path}, line {number}: `{name}` must be text, got {type(row[name]).__name__}")
+            raise DataError(f"{path}:{number}: `{name}` must be text, got {type(row[name]).__name__}")
     return row, GradingItem(completion=row["completion"], gold=row["gold"], prompt=row.get("prompt", ""))
 
 
