@@ -12,6 +12,10 @@ from typing import Literal, NamedTuple
 AnswerForm = Literal["auto", "boxed", "gsm8k", "tag"]
 
 
+class OwnBoundExceeded(Exception):
+    """math-verify's own bound ran out, because nobody killed the process at the deadline."""
+
+
 class _Found(NamedTuple):
     start: int
     """Where its marker begins, in characters."""

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 START_S = 60.0
 """Bound of a start, imports of a reward function included (a process without one is ready in about 1 s)."""
+PING_S = 5.0
+"""Bound of an idle process's sign of life."""
 REAP_S = 10.0
 """Bound of the wait for a killed process to be gone."""
 LATE_S = 0.02
@@ -149,6 +151,14 @@ class GradingProcess(asyncio.Protocol):
         if not self._writer.is_closing():
             self._writer.write(b"".join(frame(request) for request in requests))
 
+    async def answers(self) -> bool:
+        """Is an idle process well? It may have been killed a moment ago without our knowing yet."""
+        self.send([(0, "ping", "", "", "")])
+        try:
+            return await self.receive(PING_S) is not None
+        except ProcessDied:
+            return False
+
     async def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """The next frame, or None when there was none within the time.
 
@@ -179,7 +189,7 @@ class GradingProcess(asyncio.Protocol):
     def kill(self) -> None:
         """SIGKILL to the child and everything in its group, at once; the pipes are closed."""
         self._kill_group()
-        if self._writer is not None:
+        if self._writer is not None and not self._writer.is_closing():
             self._writer.abort()  # unlike close, without waiting for the child to read what is queued
         self._close_pipes()
         if not self.gone.done():

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify.errors import TimeoutException
 
-from sapo_ray.verifier.answers import extract_answer, plain_form
+from sapo_ray.verifier.answers import OwnBoundExceeded, extract_answer, plain_form
 
 V = TypeVar("V")
 _INTEGER = re.compile(r"[-+]?\d{1,18}")
@@ -102,7 +103,7 @@ class Comparer:
         """Is `answer` (raw) the same as the reference? None where the answer does not parse.
 
         Raises:
-            math_verify.errors.TimeoutException: its own bound ran out (nobody killed this process in time).
+            OwnBoundExceeded: nobody killed this process in time.
             MemoryError: the process is at its memory limit.
         """
         plain = plain_form(answer)
@@ -121,12 +122,16 @@ class Comparer:
         return self._verify(reference, parsed) if parsed else None
 
     def _parsed_gold(self, gold: Gold) -> list[Any]:
-        """Parsed, and compared with some number: a reference may parse and yet have no value in any bearable time."""
+        """Parsed; unless it is a number by then, also compared with 0.
+
+        Because a reference may parse and yet have no value in any bearable time: better that is known as its fault.
+        (Not compared with a large number, which is itself poison beside a logarithm.)
+        """
         if gold.parsed is None:
             self._announce("gold")
             gold.parsed = self._parse(gold.plain)
-            if gold.parsed and not gold.is_integer:
-                self._verify(gold.parsed, self._parse("982451653"))
+            if not all(getattr(form, "is_Number", False) for form in gold.parsed):
+                self._verify(gold.parsed, self._parse("0"))
             self._announce("answer")
         return gold.parsed
 
@@ -135,6 +140,8 @@ class Comparer:
             return bool(verify(reference, parsed, timeout_seconds=self._timeout_s, raise_on_error=True))
         except MemoryError:
             raise
+        except TimeoutException as error:
+            raise OwnBoundExceeded from error
         except Exception:  # noqa: BLE001 - SymPy raises anything; what it cannot compare is not shown to be equal
             return False
 
@@ -154,6 +161,8 @@ class Comparer:
             )
         except MemoryError:
             raise
+        except TimeoutException as error:
+            raise OwnBoundExceeded from error
         except Exception:  # noqa: BLE001 - the parser raises anything; what it cannot read has no form
             return []
 

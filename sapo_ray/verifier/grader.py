@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-
-from math_verify.errors import TimeoutException
+from typing import TYPE_CHECKING
 
 from sapo_ray.config.spec import VerifierSpec
 from sapo_ray.errors import ConfigError
 from sapo_ray.types import Grading, Verdict
-from sapo_ray.verifier.answers import extract_answer
-from sapo_ray.verifier.equality import Comparer, Gold
+from sapo_ray.verifier.answers import OwnBoundExceeded, extract_answer
 from sapo_ray.verifier.rewards import BadReward, load_reward, reward_parts, think_answer_format
+
+if TYPE_CHECKING:
+    from sapo_ray.verifier.equality import Comparer
 
 # Of the part `answer`, or of the sum where there is none: from here on a reward function's word counts as correct.
 CORRECT_FROM = 0.5
@@ -46,21 +47,19 @@ class Grader:
     ) -> None:
         self._spec = spec
         self._reward = None if spec.reward is None else load_reward(spec.reward)
-        # Whole seconds, and far enough beyond the parent's deadline that the parent decides even when it is late.
-        own_bound = math.ceil(spec.deadline_s) * 2 + 60
-        self._comparer = Comparer(
-            timeout_s=own_bound, max_chars=spec.max_answer_chars, shortcuts=shortcuts, announce=announce
-        )
+        self._comparer = None if self._reward is not None else _comparer(spec, shortcuts, announce)
 
     def self_check(self) -> None:
         """Grades two known answers; also warms the parser up. Raises ConfigError if the machinery is broken."""
+        if self._comparer is None:
+            return
         half, four = self._comparer.gold("0.5"), self._comparer.gold("4")
         if self._comparer.equal(half, "\\frac{1}{2}") is not True or self._comparer.equal(four, "1+2") is not False:
             raise ConfigError("math-verify does not grade known answers right; reinstall math-verify==0.9.0")
 
     def gold_is_usable(self, gold: str) -> bool:
         """Does a reference parse? Always so for a reward function of one's own, which reads it by itself."""
-        return self._reward is not None or self._comparer.is_usable(self._comparer.gold(gold))
+        return self._comparer is None or self._comparer.is_usable(self._comparer.gold(gold))
 
     def grade(self, completion: str, gold: str, prompt: str = "") -> Grading:
         """One grading. Lets only MemoryError pass: the process that raises it is to be replaced."""
@@ -68,10 +67,11 @@ class Grader:
         parts: dict[str, float] = {}
         detail = ""
         try:
-            if self._reward is None:
-                verdict, reason = self._grade_answer(completion, self._comparer.gold(gold))
+            if self._comparer is not None:
+                verdict, reason = self._grade_answer(self._comparer, completion, gold)
                 parts["answer"] = float(verdict is Verdict.CORRECT)
             else:
+                assert self._reward is not None
                 parts = reward_parts(self._reward(completion=completion, gold=gold, prompt=prompt))
                 correct = parts.get("answer", sum(parts.values())) >= CORRECT_FROM
                 verdict, reason = Verdict.CORRECT if correct else Verdict.WRONG, "reward"
@@ -79,7 +79,7 @@ class Grader:
             raise
         except BadReward as error:
             verdict, reason, detail = Verdict.ERROR, error.reason, str(error)
-        except TimeoutException:
+        except OwnBoundExceeded:
             verdict, reason = Verdict.ERROR, "timeout"
         except BaseException as error:  # noqa: BLE001 - whatever a reward function raises is its verdict on itself
             verdict, reason, detail = Verdict.ERROR, "crash", _where(error)
@@ -93,18 +93,28 @@ class Grader:
             verdict=verdict, reward=reward, parts=parts, reason=reason, seconds=time.perf_counter() - started
         )
 
-    def _grade_answer(self, completion: str, gold: Gold) -> tuple[Verdict, str]:
-        if not self._comparer.is_usable(gold):
+    def _grade_answer(self, comparer: Comparer, completion: str, gold_text: str) -> tuple[Verdict, str]:
+        gold = comparer.gold(gold_text)
+        if not comparer.is_usable(gold):
             return Verdict.ERROR, "gold_unparseable"
         answer = extract_answer(completion, self._spec.answer)
         if answer is None:
             return Verdict.WRONG, "no_answer"
         if len(answer) > self._spec.max_answer_chars:
             return Verdict.ERROR, "too_long"
-        equal = self._comparer.equal(gold, answer)
+        equal = comparer.equal(gold, answer)
         if equal is None:
             return Verdict.WRONG, "unparseable"
         return (Verdict.CORRECT, "match") if equal else (Verdict.WRONG, "mismatch")
+
+
+def _comparer(spec: VerifierSpec, shortcuts: bool, announce: Callable[[str], None] | None) -> Comparer:
+    # Here, because importing math-verify is most of a process's start, and a reward function may do without it.
+    from sapo_ray.verifier.equality import Comparer
+
+    # Whole seconds, and far enough beyond the parent's deadline that the parent decides even when it is late.
+    own_bound = math.ceil(spec.deadline_s) * 2 + 60
+    return Comparer(timeout_s=own_bound, max_chars=spec.max_answer_chars, shortcuts=shortcuts, announce=announce)
 
 
 def _where(error: BaseException) -> str:

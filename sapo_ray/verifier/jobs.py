@@ -13,6 +13,8 @@ from sapo_ray.types import Grading, Verdict
 
 WINDOW = 16
 """Most items that one process is sent ahead."""
+POISON_GOLDS = 1024
+"""Most references remembered because they ended processes; a group shares one."""
 NOT_THE_COMPLETION = frozenset(["gold_unparseable", "verifier_unavailable"])
 """Errors that `verifier.unverifiable` does not apply to."""
 
@@ -73,6 +75,7 @@ class JobQueue:
     def __init__(self, spec: VerifierSpec) -> None:
         self._spec = spec
         self._pending: deque[Job] = deque()
+        self._poison_golds: set[str] = set()
         self._count = 0
         self.not_empty = asyncio.Event()
         self.stats = SupervisorStats()
@@ -96,7 +99,11 @@ class JobQueue:
         jobs: list[Job] = []
         while self._pending and already_sent + len(jobs) < window:
             job = self._pending.popleft()
-            if not job.future.done():  # else its caller has gone away
+            if job.future.done():  # its caller has gone away
+                continue
+            if job.item.gold in self._poison_golds:
+                self.give_up(job, "gold_unparseable", "the reference itself has ended two processes before")
+            else:
                 jobs.append(job)
         return jobs
 
@@ -124,6 +131,8 @@ class JobQueue:
             return
         if job.phase == "gold":
             reason, detail = "gold_unparseable", f"parsing the reference ended in {reason}: {detail}"
+            if len(self._poison_golds) < POISON_GOLDS:
+                self._poison_golds.add(job.item.gold)
         grading = Grading(verdict=Verdict.ERROR, reward=None, reason=reason, detail=detail[:500], seconds=seconds)
         self.settle(job, grading)
 

@@ -3,10 +3,11 @@
     python -m sapo_ray.verifier.process '{"parent": pid, "shortcuts": true, "spec": {...}}'
 
 It speaks frames (4 bytes of length, big-endian, then JSON) over the pipes it finds as its standard input and output.
-Before anything else runs it moves both away and leaves the null device and standard error in their place, so that a
-reward function may read and print as it likes. JSON is written in ASCII: completions with lone surrogates survive.
+Before anything else runs it moves both away and leaves the null device in their place, so that a reward function may
+read and print as it likes; what it prints is lost, what it writes to standard error goes to the actor's log. JSON is
+written in ASCII: completions with lone surrogates survive.
 
-    parent -> child   [id, "grade", completion, gold, prompt]   or   [id, "gold", "", gold, ""]
+    parent -> child   [id, "grade", completion, gold, prompt], [id, "gold", "", gold, ""] or [id, "ping", "", "", ""]
     child -> parent   {"ready": true} or {"failed": kind, "message": text} once, then per request, in order,
                       any number of {"phase": "gold" | "answer"} and one {"id": id, ...}; "tired": true asks to be
                       replaced after the requests that are already here
@@ -46,9 +47,9 @@ class Channel:
 
     def __init__(self) -> None:
         requests, self._responses = os.dup(0), os.dup(1)  # not inheritable: a grandchild does not hold them
-        null = os.open(os.devnull, os.O_RDONLY)
+        null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
-        os.dup2(2, 1)
+        os.dup2(null, 1)
         os.close(null)
         self._requests: BinaryIO = os.fdopen(requests, "rb")
 
@@ -130,6 +131,9 @@ def serve(channel: Channel, grader: Grader, memory_mb: int) -> None:
     channel.send({"ready": True})
     while (request := channel.receive()) is not None:
         number, kind, completion, gold, prompt = request
+        if kind == "ping":
+            channel.send({"id": number})
+            continue
         if kind == "gold":
             channel.send({"id": number, "usable": grader.gold_is_usable(gold)})
             continue

@@ -64,7 +64,7 @@ class ProcessStock:
                 failure = error
                 log.warning("a grading process could not be started: %s", error)
                 continue
-            if process.alive:
+            if await process.answers():
                 return process
             self.discard(process)
         raise NoProcess(str(failure or "every process died while it was the spare"))
