@@ -28,6 +28,8 @@ REPLACEMENT_WINDOW_S = 3600.0
 HEARTBEAT_S = 10.0
 SILENCE_S = 60.0
 """A worker that does not answer its heartbeat for so long is lost."""
+STUCK = 0.95
+"""A worker that finishes no completion for this share of rollout.group_deadline_s, while it has some, is lost too."""
 
 
 class RolloutPool:
@@ -104,12 +106,12 @@ class RolloutPool:
         except (WorkerLost, WeightsRefused) as error:
             self._background(self._lose(worker, error))
             raise WorkerLost(str(error)) from None
-        except DeadlineExceeded as error:
-            if clock() - worker.last_progress >= self._spec.rollout.group_deadline_s:
-                self._background(self._lose(worker, error))  # nothing at all came from it: it is stuck
-            raise
         finally:
             worker.in_flight -= len(request.samples)
+            silent = clock() - worker.last_progress
+            if silent > STUCK * self._spec.rollout.group_deadline_s:
+                stuck = DeadlineExceeded(f"{worker.id} finished nothing at all for {silent:.0f} s")
+                self._background(self._lose(worker, stuck))
             self._notify()
 
     async def update(self, published: Published) -> list[Takeover]:

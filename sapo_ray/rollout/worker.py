@@ -84,6 +84,7 @@ class RolloutWorker:
             "address": socket.gethostname(),
             "version": self._gate.attested,
             "groups": self._groups,
+            "unfinished": self._engine.get_num_unfinished_requests(),
             "completions": self._completions,
             "tokens": self._tokens,
         }

@@ -1,0 +1,364 @@
+"""The pool's decisions, with workers that fail on command instead of engines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.errors import DeadlineExceeded, ResourceError, TrainingFailed, WeightsRefused, WorkerLost
+from sapo_ray.rollout import pool as pools
+from sapo_ray.rollout.pool import RolloutPool
+from sapo_ray.rollout.remote import RemoteWorker, WorkerState
+from sapo_ray.types import (
+    Canary,
+    CompletionMeta,
+    GroupRequest,
+    PolicyVersion,
+    Published,
+    SampleRequest,
+    Takeover,
+    VersionSpan,
+    WeightsManifest,
+)
+
+
+class FakeWorker(RemoteWorker):
+    """Keeps RemoteWorker's bookkeeping; everything that would reach an actor is decided by the test."""
+
+    made: list[FakeWorker]
+    cannot_start: set[str]
+    refuses: dict[str, int]
+
+    def __init__(self, spec: JobSpec, model_path: str, worker_id: str, slot: int, gpus: bool) -> None:
+        self.id, self.slot, self.state = worker_id, slot, WorkerState.STARTING
+        self.takeover: Takeover | None = None
+        self.in_flight, self.bringing = 0, asyncio.Lock()
+        self.last_progress = asyncio.get_running_loop().time()
+        self.actor, self._info = worker_id, {}
+        self.broken: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.go = asyncio.Event()
+        self.go.set()
+        self.ended = ""
+        self.noise: Takeover | None = None
+        self.sampled: list[str] = []
+        self.made.append(self)
+
+    async def start(self, noise: Takeover | None, deadline_s: float) -> None:
+        self.noise = noise
+        await asyncio.sleep(0)
+        if self.id in self.cannot_start:
+            raise WorkerLost(f"{self.id} cannot start")
+
+    async def heartbeat(self, deadline_s: float) -> None: ...
+
+    async def until_broken(self) -> Any:
+        return await self.broken
+
+    async def take_over(self, published: Published, deadline_s: float) -> Takeover:
+        await self.go.wait()
+        if self.refuses.get(self.id, -1) == published.manifest.version.number:
+            raise WeightsRefused(f"{self.id} refuses")
+        return Takeover(
+            worker=self.id, version=published.manifest.version, seconds=0.0, canary_max=1e-6, canary_mean=1e-7
+        )
+
+    async def generate(self, request: GroupRequest, deadline: float) -> AsyncIterator[tuple[CompletionMeta, Any]]:  # type: ignore[override]
+        assert self.takeover is not None
+        for sample in request.samples:
+            await self.go.wait()
+            if self.broken.done():
+                raise WorkerLost(f"{self.id} died")
+            span = VersionSpan(version=self.takeover.version, start=0, end=1)
+            meta = CompletionMeta(
+                group_id=request.group_id,
+                sample_index=sample.index,
+                prompt_tokens=1,
+                tokens=1,
+                finish_reason="stop",
+                spans=(span,),
+                worker=self.id,
+                seconds=0.0,
+            )
+            self.sampled.append(request.group_id)
+            yield meta, object()
+
+    async def stop(self) -> None:
+        self.state, self.ended = WorkerState.STOPPED, "stopped"
+
+    async def kill(self) -> None:
+        self.ended = "killed"
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeWorker.made, FakeWorker.cannot_start, FakeWorker.refuses = [], set(), {}
+    monkeypatch.setattr(pools, "RemoteWorker", FakeWorker)
+    monkeypatch.setattr(pools.ray, "cluster_resources", lambda: {"CPU": 4.0})
+
+
+def pool_of(workers: int, **rollout: Any) -> RolloutPool:
+    spec = JobSpec.model_validate(
+        {
+            "steps": 1,
+            "model": {"path": "m"},
+            "data": {"train": [{"path": "d"}]},
+            "rollout": {"workers": workers, **rollout},
+            "deadlines": {"publish_s": 2.0},
+        }
+    )
+    return RolloutPool(spec, "m")
+
+
+def published(number: int, pushed: bool = False) -> Published:
+    manifest = WeightsManifest(
+        version=PolicyVersion(1, number),
+        fingerprint="0" * 16,
+        tensors=(),
+        bucket_nbytes=(),
+        canary=Canary(sequences=(), logprobs=()),
+        transport="nccl" if pushed else "shared_memory",
+    )
+    return Published(manifest=manifest, buckets=() if pushed else (object(),))
+
+
+def group(name: str, size: int = 2) -> GroupRequest:
+    samples = tuple(SampleRequest(index=i, seed=i) for i in range(size))
+    return GroupRequest(group_id=name, prompt_token_ids=(1,), samples=samples, max_new_tokens=4, temperature=1.0)
+
+
+async def sampled_by(pool: RolloutPool, name: str) -> str:
+    (worker,) = {meta.worker async for meta, _ in pool.generate(group(name))}
+    return worker
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """For what takes a few turns of the event loop and no time."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came true")
+
+
+async def settled(pool: RolloutPool) -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def events_of(pool: RolloutPool) -> list[tuple[str, str]]:
+    found = []
+    while not pool.events.empty():
+        event = pool.events.get_nowait()
+        found.append((event["kind"], event["worker"]))
+    return found
+
+
+async def test_groups_go_to_the_least_loaded_worker_and_stay_there() -> None:
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+    first, second = FakeWorker.made
+    first.go.clear()
+    slow = asyncio.create_task(sampled_by(pool, "slow"))
+    await settled(pool)
+    assert [await sampled_by(pool, name) for name in ("a", "b")] == ["rollout-1", "rollout-1"]
+    first.go.set()
+    assert await slow == "rollout-0"
+    assert (first.sampled, second.sampled) == (["slow"] * 2, ["a", "a", "b", "b"])
+    await pool.close()
+
+
+async def test_no_worker_is_used_before_it_took_weights_over() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    waiting = asyncio.create_task(sampled_by(pool, "early"))
+    await settled(pool)
+    assert FakeWorker.made[0].sampled == []
+    await pool.update(published(0))
+    assert await waiting == "rollout-0"
+    await pool.close()
+
+
+async def test_a_worker_that_refuses_weights_is_replaced_while_the_update_goes_on_with_the_others() -> None:
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+    FakeWorker.refuses = {"rollout-1": 1}
+    takeovers = await pool.update(published(1))
+    assert [(t.worker, t.version.number) for t in takeovers] == [("rollout-0", 1)]
+    await settled(pool)
+    assert FakeWorker.made[1].ended == "killed"
+    assert [(w.id, w.version) for w in pool.workers()] == [
+        ("rollout-0", PolicyVersion(1, 1)),
+        ("rollout-1.1", PolicyVersion(1, 1)),
+    ]
+    assert events_of(pool) == [
+        ("worker_ready", "rollout-0"),
+        ("worker_ready", "rollout-1"),
+        ("takeover_failed", "rollout-1"),
+        ("worker_lost", "rollout-1"),
+        ("worker_ready", "rollout-1.1"),
+    ]
+    await pool.close()
+
+
+async def test_a_joining_worker_takes_the_newest_weights_even_if_they_change_meanwhile() -> None:
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+    FakeWorker.made[0].broken.set_result(WorkerLost("gone"))
+    await until(lambda: len(FakeWorker.made) == 3)
+    joining = FakeWorker.made[2]
+    joining.go.clear()
+    await settled(pool)
+    update = asyncio.create_task(pool.update(published(1)))
+    await settled(pool)
+    joining.go.set()
+    await update
+    await settled(pool)
+    assert {w.id: w.version for w in pool.workers()} == {
+        "rollout-1": PolicyVersion(1, 1),
+        "rollout-0.1": PolicyVersion(1, 1),
+    }
+    assert joining.noise is not None
+    await pool.close()
+
+
+async def test_the_death_of_a_worker_is_told_to_its_callers_and_costs_no_other_group() -> None:
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+    dying = FakeWorker.made[0]
+    dying.go.clear()
+    caller = asyncio.create_task(sampled_by(pool, "a"))
+    await settled(pool)
+    dying.broken.set_result(WorkerLost("killed"))
+    dying.go.set()
+    with pytest.raises(WorkerLost):
+        await caller
+    assert await sampled_by(pool, "b") in ("rollout-1", "rollout-0.1")
+    await pool.close()
+
+
+async def test_a_worker_is_replaced_three_times_an_hour_and_then_the_pool_says_why_it_has_none() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    await pool.update(published(0))
+    for number in range(4):
+        await until(lambda: FakeWorker.made[-1].takeover is not None and FakeWorker.made[-1].ended == "")
+        FakeWorker.made[number].broken.set_result(WorkerLost(f"death {number}"))
+        await settled(pool)
+    assert [worker.id for worker in FakeWorker.made] == ["rollout-0", "rollout-0.1", "rollout-0.2", "rollout-0.3"]
+    with pytest.raises(TrainingFailed, match="no rollout worker is left; the last one: death 3"):
+        await sampled_by(pool, "a")
+    with pytest.raises(TrainingFailed, match="no rollout worker is left"):
+        await pool.update(published(1))
+    assert events_of(pool)[-1] == ("worker_not_replaced", "rollout-0.3")
+    await pool.close()
+
+
+async def test_the_budget_of_replacements_is_per_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "REPLACEMENT_WINDOW_S", 0.0)
+    pool = pool_of(1)
+    await pool.start()
+    for number in range(6):
+        await until(lambda: FakeWorker.made[-1].state is WorkerState.READY)
+        FakeWorker.made[number].broken.set_result(WorkerLost("again"))
+        await settled(pool)
+    assert [worker.id for worker in pool.workers()] == ["rollout-0.6"]
+    await pool.close()
+
+
+async def test_a_replacement_that_cannot_start_counts_as_a_replacement() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    FakeWorker.cannot_start = {"rollout-0.1", "rollout-0.2", "rollout-0.3"}
+    FakeWorker.made[0].broken.set_result(WorkerLost("first"))
+    await settled(pool)
+    with pytest.raises(TrainingFailed, match=r"rollout-0\.3 cannot start"):
+        await pool.update(published(0))
+    await pool.close()
+
+
+async def test_a_start_that_fails_ends_the_workers_that_did_start() -> None:
+    FakeWorker.cannot_start = {"rollout-1"}
+    pool = pool_of(2)
+    with pytest.raises(WorkerLost, match="rollout-1 cannot start"):
+        await pool.start()
+    assert [worker.ended for worker in FakeWorker.made] == ["stopped", "stopped"]
+
+
+async def test_waiting_for_an_attested_worker_is_bounded_and_named() -> None:
+    pool = pool_of(1, group_deadline_s=0.05)
+    await pool.start()
+    with pytest.raises(DeadlineExceeded, match=r"group a within 0\.05 s \(rollout\.group_deadline_s\)"):
+        await sampled_by(pool, "a")
+    await pool.close()
+
+
+async def test_a_worker_that_finishes_nothing_is_lost_even_if_the_caller_gave_up_first() -> None:
+    pool = pool_of(1, group_deadline_s=0.05)
+    await pool.start()
+    await pool.update(published(0))
+    FakeWorker.made[0].go.clear()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await sampled_by(pool, "a")
+    await settled(pool)
+    assert FakeWorker.made[0].ended == "killed"
+    await pool.close()
+
+
+async def test_scaling_up_starts_workers_and_scaling_down_lets_them_finish() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    await pool.update(published(0))
+    await pool.scale(3)
+    await settled(pool)
+    assert {w.id: w.version for w in pool.workers()} == dict.fromkeys(
+        ("rollout-0", "rollout-1", "rollout-2"), PolicyVersion(1, 0)
+    )
+    first, second, draining = FakeWorker.made
+    first.in_flight = second.in_flight = 1  # so that the next group goes to rollout-2
+    draining.go.clear()
+    last = asyncio.create_task(sampled_by(pool, "last"))
+    await settled(pool)
+    await pool.scale(2)
+    await settled(pool)
+    assert (draining.state, draining.ended) == (WorkerState.DRAINING, "")
+    draining.go.set()
+    assert await last == "rollout-2"
+    await settled(pool)
+    assert draining.ended == "stopped"
+    assert [w.id for w in pool.workers()] == ["rollout-0", "rollout-1"]
+    await pool.close()
+
+
+async def test_only_workers_that_were_pushed_to_are_brought_up_without_buckets() -> None:
+    pool = pool_of(2)
+    await pool.start()
+    FakeWorker.made[1].state = WorkerState.STARTING
+    assert pool.push_targets() == ["rollout-0"]
+    FakeWorker.made[1].state = WorkerState.READY
+    assert [t.worker for t in await pool.update(published(0, pushed=True))] == ["rollout-0"]
+    assert [await sampled_by(pool, name) for name in ("a", "b")] == ["rollout-0", "rollout-0"]
+    await pool.close()
+
+
+async def test_an_error_inside_the_pool_is_raised_to_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(1)
+    await pool.start()
+
+    def fails(*_: object) -> bool:
+        raise ResourceError("of the pool's own")
+
+    monkeypatch.setattr(pool, "_may_replace", fails)
+    FakeWorker.made[0].broken.set_result(WorkerLost("gone"))
+    await settled(pool)
+    with pytest.raises(TrainingFailed, match="of the pool's own"):
+        await sampled_by(pool, "a")
+    await pool.close()
