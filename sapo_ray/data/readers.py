@@ -81,7 +81,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
-                    yield place, _parse_line(raw, place)
+                    yield place, _parse_line(raw.rstrip(b"\r\n"), place)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 

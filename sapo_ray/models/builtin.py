@@ -10,11 +10,14 @@ are 32 wide because vLLM's attention on CPUs takes no narrower ones.
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging
 
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " "
 """The 95 printable characters of ASCII."""
@@ -109,5 +112,18 @@ def _write(folder: Path, tokenizer: Qwen2Tokenizer, positions: int, seed: int) -
         pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
     )
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """A model of half a megabyte needs no bar in the middle of a run's own output."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from sapo_ray.data import addition
 from sapo_ray.errors import ModelError
+from sapo_ray.models.builtin import no_progress_bars
 from sapo_ray.models.tokenizer import load_tokenizer
 
 LEARNING_RATE = 3e-3
@@ -66,7 +67,8 @@ def warm_start(
         return WarmStartReport(**json.loads(report_path.read_text()))
     started = time.monotonic()
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with _one_thread():
         steps, loss, reached = _train(model, tokenizer, accuracy, seed, on_progress, max_steps)
     if reached < accuracy:
@@ -76,7 +78,8 @@ def warm_start(
             "so ask for 0.15 to 0.2, or take another seed"
         )
     report = WarmStartReport(steps=steps, loss=loss, accuracy=reached, seconds=round(time.monotonic() - started, 2))
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     report_path.write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -87,11 +90,34 @@ def measure_accuracy(
     """Share of `pairs` that the model adds up rightly; temperature 0 is greedy, else one sample of each."""
     prompts_BP = _encode(tokenizer, [addition.prompt(a, b) for a, b in pairs])
     completions = tokenizer.batch_decode(
-        _generate(model, torch.tensor(prompts_BP), temperature, seed, tokenizer.eos_token_id), skip_special_tokens=True
+        complete(model, torch.tensor(prompts_BP), temperature, seed, tokenizer.eos_token_id), skip_special_tokens=True
     )
     return sum(_answer(text) == addition.gold(a, b) for text, (a, b) in zip(completions, pairs, strict=True)) / len(
         pairs
     )
+
+
+@torch.no_grad()
+def complete(model: Any, prompts_BP: torch.Tensor, temperature: float, seed: int, eos: int) -> torch.Tensor:
+    """Completions [B, T], T <= 28, of prompts of one length; `eos` goes on after the end."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = DynamicCache(config=model.config)
+    finished_B = torch.zeros(len(prompts_BP), dtype=torch.bool)
+    sampled: list[torch.Tensor] = []
+    inputs = prompts_BP
+    for _ in range(MAX_NEW_TOKENS):
+        logits_BV = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        if temperature == 0:
+            token_B = logits_BV.argmax(-1)
+        else:
+            token_B = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        token_B = token_B.masked_fill(finished_B, eos)
+        sampled.append(token_B)
+        finished_B |= token_B == eos
+        if finished_B.all():
+            break
+        inputs = token_B[:, None]
+    return torch.stack(sampled, dim=1)
 
 
 def _train(
@@ -139,29 +165,6 @@ def _demonstrations(
         tokens_BT[row, : len(whole)] = whole
         labels_BT[row, len(asked) : len(whole)] = whole[len(asked) :]
     return tokens_BT, labels_BT
-
-
-@torch.no_grad()
-def _generate(model: Any, prompts_BP: torch.Tensor, temperature: float, seed: int, eos: int) -> torch.Tensor:
-    """Completions [B, T], T <= 28, of prompts of one length; `eos` goes on after the end."""
-    generator = torch.Generator().manual_seed(seed)
-    cache = DynamicCache(config=model.config)
-    finished_B = torch.zeros(len(prompts_BP), dtype=torch.bool)
-    sampled: list[torch.Tensor] = []
-    inputs = prompts_BP
-    for _ in range(MAX_NEW_TOKENS):
-        logits_BV = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1]
-        if temperature == 0:
-            token_B = logits_BV.argmax(-1)
-        else:
-            token_B = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        token_B = token_B.masked_fill(finished_B, eos)
-        sampled.append(token_B)
-        finished_B |= token_B == eos
-        if finished_B.all():
-            break
-        inputs = token_B[:, None]
-    return torch.stack(sampled, dim=1)
 
 
 def _answer(working: str) -> str | None:
