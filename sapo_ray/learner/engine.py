@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,12 +25,25 @@ class Place:
     ranks: int
     gpu: bool
     """The actor owns one GPU."""
+    transport: Literal["shared_memory", "nccl", "ipc"]
+    """How weights reach workers that are up."""
 
 
-def check_settings(spec: JobSpec, gpu: bool) -> None:
+def transport_of(spec: JobSpec, gpu: bool) -> Literal["shared_memory", "nccl", "ipc"]:
+    """What learner.transport means where learners and workers own GPUs (they do together or not at all)."""
+    if spec.learner.transport != "auto":
+        return spec.learner.transport
+    return "nccl" if gpu else "shared_memory"
+
+
+def check_settings(spec: JobSpec, place: Place) -> None:
     """Refuse combinations that have no meaning here."""
     learner = spec.learner
-    if learner.offload_optimizer and (learner.zero_stage == 0 or not gpu):
+    if place.transport != "shared_memory" and not place.gpu:
+        raise ConfigError(
+            f"learner.transport: {place.transport} needs GPUs, the cluster has none; use auto or shared_memory"
+        )
+    if learner.offload_optimizer and (learner.zero_stage == 0 or not place.gpu):
         where = "learner.zero_stage: 0" if learner.zero_stage == 0 else "a learner without GPUs"
         raise ConfigError(f"learner.offload_optimizer needs ZeRO stage 1-3 on GPUs, got {where}; set it to false")
     if spec.rollout_dtype == "float32" and spec.model.dtype == "bfloat16":

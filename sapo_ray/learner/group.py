@@ -28,7 +28,7 @@ from sapo_ray.algorithms.diagnostics import TokenStats
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError, WorkerLost
 from sapo_ray.learner.batching import SampleId, StepPlan, plan_step
-from sapo_ray.learner.engine import Place
+from sapo_ray.learner.engine import Place, transport_of
 from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport
 from sapo_ray.learner.worker import LearnerWorker
 from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
@@ -64,7 +64,7 @@ class LearnerGroup:
         await self._place(gpu, end)
         count = self.spec.learner.ranks
         for rank in range(count):
-            place = Place(rank=rank, ranks=count, gpu=gpu)
+            place = Place(rank=rank, ranks=count, gpu=gpu, transport=transport_of(self.spec, gpu))
             options = self._options(rank, gpu)
             self._actors.append(ray.remote(LearnerWorker).options(**options).remote(self.spec, self.model_path, place))
         name = "learner start (deadlines.start_s)"
@@ -125,15 +125,20 @@ class LearnerGroup:
             stats.merge(part)
         return _step_report(step, plan, reports, stats, dict(seconds))
 
-    async def publish(self, version: PolicyVersion) -> Published:
+    async def publish(self, version: PolicyVersion, receivers: Sequence[Any] = ()) -> Published:
         """Weights of this moment as objects owned by the caller's process.
+
+        With a native transport (nccl, ipc) they are pushed into `receivers`, actors of rollout workers, first: those
+        then need the manifest only, everybody else takes the buckets. Otherwise `receivers` is not looked at.
 
         Raises
             WorkerLost, DeadlineExceeded: the group is closed
         """
         end = time.monotonic() + self.spec.deadlines.publish_s
         name = f"learner publish {version} (deadlines.publish_s)"
-        streams = [actor.publish.options(num_returns="streaming").remote(version) for actor in self._actors]
+        streams = [
+            actor.publish.options(num_returns="streaming").remote(version, tuple(receivers)) for actor in self._actors
+        ]
         drained = await self._race([asyncio.to_thread(_drain, stream) for stream in streams], name, end)
         buckets, manifest = drained[0]
         assert isinstance(manifest, WeightsManifest), manifest

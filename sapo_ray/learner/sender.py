@@ -68,7 +68,7 @@ class Sender:
                 tensors=tuple(metas),
                 bucket_nbytes=tuple(bucket.nbytes for bucket in self.buckets),
                 canary=canary,
-                transport="shared_memory",
+                transport=self.place.transport,
             )
 
     @contextmanager

@@ -22,7 +22,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class LearnerWorker:
         self.objective = resolve(spec.algorithm, spec.rollout.max_new_tokens, spec.rollout.temperature)
         self.progress = checkpoint.Progress()
         self._store: Any = None
+        self._push: Any = None
         self._plan: RankPlan | None = None
         self._payloads: tuple[CompletionPayload, ...] = ()
         self._old_logp: dict[tuple[int, int], Tensor] = {}
@@ -79,7 +80,7 @@ class LearnerWorker:
         Raises
             ModelError, ConfigError: the model or a combination of settings is not supported
         """
-        check_settings(self.spec, self.place.gpu)
+        check_settings(self.spec, self.place)
         store = self._store or TCPStore(host, port, self.place.ranks, is_master=False)
         deadlines = self.spec.deadlines
         join(self.place, store, max(deadlines.step_s, deadlines.publish_s, deadlines.checkpoint_s, deadlines.start_s))
@@ -190,8 +191,17 @@ class LearnerWorker:
         """Sequences by which receivers of published weights are tested."""
         self.sender.canary_sequences = sequences
 
-    def publish(self, version: PolicyVersion) -> Iterator[np.ndarray | WeightsManifest]:
-        """Rank 0 yields each bucket and then the manifest; the other ranks yield nothing. Collective."""
+    def publish(self, version: PolicyVersion, receivers: Sequence[Any] = ()) -> Iterator[np.ndarray | WeightsManifest]:
+        """Rank 0 yields each bucket and then the manifest; the other ranks yield nothing. Collective.
+
+        With a native transport the weights are pushed into `receivers` (rollout actors) first.
+        """
+        if receivers and self.place.transport != "shared_memory":
+            if self._push is None:
+                from sapo_ray.learner.vllm_transport import NativePush
+
+                self._push = NativePush(self.sender, self.place.transport, self.spec.rollout.tensor_parallel)
+            self._push.push(receivers)
         yield from self.sender.publish(version)
 
     def save(self, folder: str) -> None:
