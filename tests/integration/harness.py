@@ -29,6 +29,7 @@ class Command:
 
     def start(self, log: Path) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "SAPO_TEST_TAG": self.tag, "HF_HUB_OFFLINE": "1"}
+        environment["PYTHONPATH"] = str(Path(__file__).parent)  # where a user's own reward lies
         environment.pop("RAY_ADDRESS", None)
         with log.open("wb") as output:
             return subprocess.Popen(

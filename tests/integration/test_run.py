@@ -19,9 +19,10 @@ SMALL = [
     "rollout.group_size=4",
     "evaluation.data=[]",
     "checkpoint.every=2",
-    "model.warm_start_accuracy=0.1",
+    "model.warm_start_accuracy=null",
+    "verifier.reward=example_reward:digits",
 ]
-"""The quickstart's parts at a size where a step takes no time."""
+"""The quickstart's parts at a size where a step takes no time, a random model, and a reward that it can earn."""
 EXACT = ("learner/loss", "learner/grad_norm", "reward/mean", "length/mean", "policy/entropy", "mismatch/abs_max")
 
 
@@ -47,6 +48,9 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted: Path) -> None:
     spec = json.loads((uninterrupted / "spec.json").read_text())
     assert spec["learner"]["lr"] == 5e-4, "resolved: the preset's values are in it"
     assert (uninterrupted / "checkpoints" / "latest").read_text() == "step-000005"
+    assert all(
+        0 < row["reward/mean"] < 1 and row["learner/grad_norm"] > 0 for row in rows(uninterrupted / "metrics.jsonl")
+    )
     texts = rows(uninterrupted / "samples.jsonl")
     assert len(texts) == 5 * 4 * 4
     assert all(row["prompt"].endswith("=") for row in texts)
