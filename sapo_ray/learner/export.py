@@ -20,7 +20,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpa
 """Files of the original folder that are not taken along."""
 
 
-def export_hf(manifest: WeightsManifest, model_path: str, folder: Path, *buckets: np.ndarray) -> Path:
+def export_hf(manifest: WeightsManifest, model_path: str, folder: str | Path, *buckets: np.ndarray) -> Path:
     """Write `folder` from published buckets: safetensors, configuration, tokenizer, generation configuration.
 
     buckets: uint8 [nbytes] each, in the manifest's order; one becomes one safetensors file. model_path: the folder
@@ -31,7 +31,7 @@ def export_hf(manifest: WeightsManifest, model_path: str, folder: Path, *buckets
         WeightsRefused: a tensor's bytes are not those that were published
         ModelError: model_path is neither a folder nor in the local Hub cache
     """
-    source = _source(model_path)
+    source, folder = _source(model_path), Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -44,8 +44,10 @@ class Sender:
         self.canary_sequences: tuple[tuple[int, ...], ...] = ()
         self.peak_bytes = 0
 
-    def publish(self, version: PolicyVersion) -> Iterator[np.ndarray | WeightsManifest]:
+    def publish(self, version: PolicyVersion, pushed: bool = False) -> Iterator[np.ndarray | WeightsManifest]:
         """On rank 0 yield each bucket, uint8 [nbytes], and at last the manifest; elsewhere only gather. Collective.
+
+        `pushed`: the weights went out another way; yield the manifest only.
 
         Buckets are views of a buffer that is used again: whoever iterates must be done with one before asking for the
         next (Ray copies each into its object store on the way out).
@@ -58,7 +60,8 @@ class Sender:
             with self._filled(bucket, buffer, sends) as raw:
                 if sends:
                     metas += [self._meta(slot, number, raw) for slot in bucket.slots]
-                    yield raw.numpy()
+                    if not pushed:
+                        yield raw.numpy()
         del buffer
         canary = self._canary()
         if sends:
@@ -68,7 +71,7 @@ class Sender:
                 tensors=tuple(metas),
                 bucket_nbytes=tuple(bucket.nbytes for bucket in self.buckets),
                 canary=canary,
-                transport=self.place.transport,
+                transport=self.place.transport if pushed else "shared_memory",
             )
 
     @contextmanager

@@ -194,15 +194,17 @@ class LearnerWorker:
     def publish(self, version: PolicyVersion, receivers: Sequence[Any] = ()) -> Iterator[np.ndarray | WeightsManifest]:
         """Rank 0 yields each bucket and then the manifest; the other ranks yield nothing. Collective.
 
-        With a native transport the weights are pushed into `receivers` (rollout actors) first.
+        With a native transport and `receivers` (rollout actors) the weights are pushed into those instead, and only
+        the manifest is yielded.
         """
-        if receivers and self.place.transport != "shared_memory":
+        native = bool(receivers) and self.place.transport != "shared_memory"
+        if native:
             if self._push is None:
                 from sapo_ray.learner.vllm_transport import NativePush
 
                 self._push = NativePush(self.sender, self.place.transport, self.spec.rollout.tensor_parallel)
             self._push.push(receivers)
-        yield from self.sender.publish(version)
+        yield from self.sender.publish(version, pushed=native)
 
     def save(self, folder: str) -> None:
         """Write model, optimizer, position in the schedule and random states into an existing folder. Collective."""
