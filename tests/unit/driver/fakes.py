@@ -95,6 +95,9 @@ class FakeRollouts:
 
     async def close(self) -> None: ...
 
+    def push_targets(self) -> list[Any]:
+        return []
+
     async def update(self, published: Published) -> list[Takeover]:
         self.version = published.manifest.version
         return [Takeover(worker="w0", version=self.version, seconds=0.0, canary_max=0.0, canary_mean=0.0)]
@@ -187,7 +190,7 @@ class FakeLearner:
         self.trained.append([(s.group_id, s.sample_index, s.advantage) for s in samples])
         return SimpleNamespace(metrics={"loss": float(len(samples))}, updates=1, dropped=())
 
-    async def publish(self, version: PolicyVersion) -> Published:
+    async def publish(self, version: PolicyVersion, receivers: list[Any]) -> Published:
         self.number = version.number
         manifest = WeightsManifest(
             version=version,
