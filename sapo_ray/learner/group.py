@@ -27,9 +27,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from sapo_ray.algorithms.diagnostics import TokenStats
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError, WorkerLost
-from sapo_ray.learner.batching import SampleId, StepPlan, plan_step
+from sapo_ray.learner.batching import plan_step
 from sapo_ray.learner.engine import Place, transport_of
-from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport
+from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport, step_report
 from sapo_ray.learner.worker import LearnerWorker
 from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
 
@@ -123,7 +123,7 @@ class LearnerGroup:
         stats = TokenStats()
         for part in await timed("finish_step"):
             stats.merge(part)
-        return _step_report(step, plan, reports, stats, dict(seconds))
+        return step_report(step, plan, reports, stats, dict(seconds))
 
     async def publish(self, version: PolicyVersion, receivers: Sequence[Any] = ()) -> Published:
         """Weights of this moment as objects owned by the caller's process.
@@ -161,7 +161,7 @@ class LearnerGroup:
     # -- private -------------------------------------------------------------------------------------------------
 
     async def _place(self, gpu: bool, end: float) -> None:
-        bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": 1.0}
+        bundle = {"CPU": 1.0, "GPU": self._gpu_share()} if gpu else {"CPU": 1.0}
         self._placement = placement_group([bundle] * self.spec.learner.ranks, strategy="PACK")
         if not await asyncio.to_thread(self._placement.wait, max(1.0, end - time.monotonic())):
             self._kill()
@@ -172,12 +172,16 @@ class LearnerGroup:
                 "add nodes, or lower learner.ranks or rollout.workers"
             )
 
+    def _gpu_share(self) -> float:
+        """CUDA IPC joins processes on one GPU, so a learner leaves half of it to a rollout worker."""
+        return 0.5 if self.spec.learner.transport == "ipc" else 1.0
+
     def _options(self, rank: int, gpu: bool) -> dict[str, Any]:
         assert self._placement is not None
         on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         return {
             "num_cpus": 1,
-            "num_gpus": 1 if gpu else 0,
+            "num_gpus": self._gpu_share() if gpu else 0,
             "runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else on_cpu)},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 placement_group=self._placement, placement_group_bundle_index=rank
@@ -264,46 +268,3 @@ def _drain(stream: Any) -> tuple[list[Any], Any]:
     """
     refs = list(stream)
     return refs[:-1], ray.get(refs[-1]) if refs else None
-
-
-def _step_report(
-    step: int, plan: StepPlan, reports: Sequence[Sequence[UpdateReport]], stats: TokenStats, seconds: dict[str, float]
-) -> StepReport:
-    """One report from those of the ranks (inner sequences: one update's, by rank)."""
-    details = [
-        UpdateReport(
-            mini_batch=ranks[0].mini_batch,
-            loss=ranks[0].loss,
-            grad_norm=ranks[0].grad_norm,
-            lr=ranks[0].lr,
-            skipped=ranks[0].skipped,
-            max_log_ratio=max(report.max_log_ratio for report in ranks),
-        )
-        for ranks in reports
-    ]
-    applied = [report for report in details if not report.skipped]
-    metrics = stats.summary() | {
-        "learner/updates": float(len(applied)),
-        "learner/nonfinite_updates": float(len(details) - len(applied)),
-        "learner/lr": details[-1].lr,
-    }
-    if applied:
-        metrics |= {
-            "learner/loss": sum(report.loss for report in applied) / len(applied),
-            "learner/grad_norm": sum(report.grad_norm for report in applied) / len(applied),
-            "learner/grad_norm_max": max(report.grad_norm for report in applied),
-            "learner/log_ratio_max": max(report.max_log_ratio for report in applied),
-        }
-    trained = {report.mini_batch for report in applied}
-    dropped: list[SampleId] = [
-        sample for number, members in enumerate(plan.members) if number not in trained for sample in members
-    ]
-    return StepReport(
-        step=step,
-        metrics=metrics,
-        updates=len(applied),
-        nonfinite=len(details) - len(applied),
-        dropped=tuple(dropped),
-        seconds=seconds,
-        details=tuple(details),
-    )
