@@ -126,11 +126,15 @@ class GradingProcess(asyncio.Protocol):
             (size,) = LENGTH.unpack_from(self._buffer)
             if size > MAX_FRAME:
                 self.kill()
-                return
+                break
             end = LENGTH.size + size
             if len(self._buffer) < end:
                 break
-            self._frames.append(json.loads(self._buffer[LENGTH.size : end]))
+            try:
+                self._frames.append(dict(json.loads(self._buffer[LENGTH.size : end])))
+            except (ValueError, TypeError):  # not what our side writes: a reward function wrote into the pipe
+                self.kill()
+                break
             del self._buffer[:end]
         self._wake()
 

@@ -112,8 +112,7 @@ class Slot:
         now = asyncio.get_running_loop().time
         try:
             frame = await self._process.receive(self._started + self._deadline_s - now())
-            if frame is not None and frame.get("id", self._sent[0].number) != self._sent[0].number:
-                raise ProcessDied("it answered out of turn; does the reward function fork?")
+            answer = None if frame is None or "phase" in frame else _answer(frame, self._sent[0])
         except ProcessDied as death:
             self._queue.stats.died += 1
             self._first_failed("crash", f"the grading process ended: {death}", now() - self._started)
@@ -121,24 +120,19 @@ class Slot:
         if frame is None:
             self._queue.stats.killed += 1
             self._first_failed("timeout", f"no grading within {self._deadline_s:g} s", now() - self._started)
-        elif "phase" in frame:
+        elif answer is None:
             self._sent[0].phase = frame["phase"]
         else:
             self._started = now()
-            self._answered(self._sent.popleft(), frame)
+            self._process.tired |= "tired" in frame
+            self._answered(self._sent.popleft(), answer)
 
-    def _answered(self, job: Job, frame: dict[str, Any]) -> None:
-        del frame["id"]
-        self._process.tired |= frame.pop("tired", False)
-        if job.kind == "gold":
-            self._queue.settle(job, frame["usable"])
-            return
-        grading = Grading(**{**frame, "verdict": Verdict(frame["verdict"])})
-        if self._must_reproduce(job, grading):
+    def _answered(self, job: Job, answer: Grading | bool) -> None:
+        if isinstance(answer, Grading) and self._must_reproduce(job, answer):
             job.suspected = True
             self._suspects.append(job)
         else:
-            self._queue.settle(job, grading)
+            self._queue.settle(job, answer)
 
     def _must_reproduce(self, job: Job, grading: Grading) -> bool:
         """Is this an error that the state of the process may have caused?
@@ -174,3 +168,16 @@ class Slot:
             self._queue.give_up(self._suspects.popleft(), "verifier_unavailable", why)
         if not self._stock.living:
             self._queue.give_up_all("verifier_unavailable", why)
+
+
+def _answer(frame: dict[str, Any], job: Job) -> Grading | bool:
+    """What the child says of the job. Raises ProcessDied where it is not an answer to it."""
+    values = {name: value for name, value in frame.items() if name not in ("id", "tired")}
+    try:
+        if frame["id"] != job.number:
+            raise ProcessDied("it answered out of turn; does the reward function fork?")
+        if job.kind == "gold":
+            return bool(values["usable"])
+        return Grading(**{**values, "verdict": Verdict(values["verdict"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProcessDied("it answered nonsense; does the reward function write into its pipes?") from error

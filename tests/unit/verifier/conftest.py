@@ -39,6 +39,10 @@ def act(*, completion, gold, prompt):
     if word == "parts": return {"answer": 1.0, "style": -0.25}
     if word == "fork":
         os.fork()
+    if word == "scribble":
+        for fd in range(3, 20):
+            try: os.write(fd, bytes([0, 0, 0, 3]) + b"[1]")
+            except OSError: pass
     if word == "spawn": subprocess.Popen(["sleep", rest])
     if word == "once":
         # Fails in the first process that meets it, works in the next.

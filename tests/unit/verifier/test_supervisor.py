@@ -202,6 +202,12 @@ async def test_a_reward_function_that_forks_does_not_shift_the_answers(misbehavi
     assert [grading.reward for grading in later] == [0.0, 1.0, 0.0]
 
 
+async def test_a_reward_function_that_writes_into_the_pipes_spoils_only_itself(misbehaving: str) -> None:
+    async with supervised(reward=misbehaving) as processes:
+        gradings = await processes.grade_many(said("5", "scribble", "4", "5"))
+    assert verdicts(gradings) == [("correct", "reward"), ("error", "crash"), ("wrong", "reward"), ("correct", "reward")]
+
+
 async def test_what_a_reward_function_started_dies_with_its_process(misbehaving: str) -> None:
     async with supervised(reward=misbehaving) as processes:
         await processes.grade_many(said("spawn 86399"))
