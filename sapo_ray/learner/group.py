@@ -97,6 +97,7 @@ class LearnerGroup:
             WorkerLost: a rank died, or a payload was lost with its node; the group is closed
             DeadlineExceeded: not done within deadlines.step_s; the group is closed
         """
+        self._check_open()
         plan = plan_step(samples, self.spec, step, self._version.number)
         end = time.monotonic() + self.spec.deadlines.step_s
         seconds: dict[str, float] = defaultdict(float)
@@ -217,7 +218,7 @@ class LearnerGroup:
 
     async def _race(self, calls: Sequence[Awaitable[Any]], name: str, end: float) -> list[Any]:
         """Results by rank; or, after the first failure, the deadline or a cancellation, a closed group and an error."""
-        assert self._actors, "the learner group is not started, or was closed after a failure"
+        self._check_open()
         tasks = [asyncio.ensure_future(call) for call in calls]
         try:
             done, pending = await asyncio.wait(
@@ -234,6 +235,9 @@ class LearnerGroup:
             raise
         self._kill()
         raise problem
+
+    def _check_open(self) -> None:
+        assert self._actors, "the learner group is not started, or was closed after a failure"
 
     def _explain(self, tasks: Sequence[asyncio.Future[Any]], name: str) -> SapoRayError:
         """The error to raise: a rank's death before its consequences, a rank's own verdict before other errors."""

@@ -49,20 +49,17 @@ class Sender:
 
         `pushed`: the weights went out another way; yield the manifest only.
 
-        Buckets are views of a buffer that is used again: whoever iterates must be done with one before asking for the
-        next (Ray copies each into its object store on the way out).
+        Whoever iterates must be done with a bucket before asking for the next: a gathered parameter may lie under it.
+        (Ray copies each into its object store on the way out.)
         """
         sends = self.place.rank == 0
-        size = max((bucket.nbytes for bucket in self.buckets if sends and not self._is_direct(bucket)), default=0)
-        buffer = torch.zeros(size, dtype=torch.uint8)
         metas: list[TensorMeta] = []
         for number, bucket in enumerate(self.buckets):
-            with self._filled(bucket, buffer, sends) as raw:
+            with self._filled(bucket, sends) as raw:
                 if sends:
                     metas += [self._meta(slot, number, raw) for slot in bucket.slots]
                     if not pushed:
                         yield raw.numpy()
-        del buffer
         canary = self._canary()
         if sends:
             yield WeightsManifest(
@@ -75,19 +72,24 @@ class Sender:
             )
 
     @contextmanager
-    def _filled(self, bucket: Bucket, buffer: torch.Tensor, copies: bool) -> Iterator[torch.Tensor]:
-        """The bucket's bytes on rank 0 (nothing of use elsewhere), while its parameters are gathered."""
+    def _filled(self, bucket: Bucket, copies: bool) -> Iterator[torch.Tensor]:
+        """The bucket's bytes on rank 0 (nothing elsewhere), while its parameters are gathered."""
         parameters = [self.tensors[slot.name] for slot in bucket.slots]
+        direct = self._is_direct(bucket)
+        raw = torch.empty(bucket.nbytes if copies and not direct else 0, dtype=torch.uint8)
         with gathered(parameters):
             whole = sum(p.numel() * p.element_size() for p in parameters) if self.gathers else 0
-            self.peak_bytes = max(self.peak_bytes, whole + buffer.nbytes)
-            if copies and self._is_direct(bucket):
-                yield parameters[0].detach().view(-1).view(torch.uint8)
-                return
-            if copies:
+            self.peak_bytes = max(self.peak_bytes, whole + raw.nbytes)
+            if copies and direct:
+                raw = parameters[0].detach().view(-1).view(torch.uint8)
+            elif copies:
+                end = 0
                 for slot, parameter in zip(bucket.slots, parameters, strict=True):
-                    self._view(slot, buffer).copy_(parameter.detach())
-            yield buffer[: bucket.nbytes]
+                    raw[end : slot.offset] = 0  # no stray memory between tensors
+                    self._view(slot, raw).copy_(parameter.detach())
+                    end = slot.offset + slot.nbytes
+                raw[end:] = 0
+            yield raw
 
     def _is_direct(self, bucket: Bucket) -> bool:
         """One tensor, in host memory, in the wire's dtype: its own bytes are the bucket."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -51,6 +52,43 @@ class Probe(LearnerWorker):
     def deepspeed_norm(self) -> float:
         """Gradient norm of the last update as DeepSpeed's optimizer computed it."""
         return float(self.engine.get_global_grad_norm())
+
+    def measured_publish(self) -> int:
+        """Most bytes that torch held at once above what it held before publishing, by its own allocation events."""
+        import gc
+
+        from torch.profiler import ProfilerActivity, profile
+
+        gc.collect()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            for _ in self.sender.publish(PolicyVersion(1, 1)):
+                pass
+        held = peak = 0
+        for event in trace.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak
+
+    def through_vllms_source(self) -> tuple[Any, list[list[str]], dict[str, torch.Tensor]]:
+        """(metadata, names by group, tensors) as vLLM's trainer-side engines would see them."""
+        from sapo_ray.learner.vllm_transport import ZeroSource
+
+        source = ZeroSource(self.sender)
+        declared = [(meta.name, str(meta.dtype), meta.shape) for meta in source.metadata()]
+        groups = [names for names, _ in source.iter_groups()]
+        return declared, groups, {name: tensor.clone() for name, tensor in source}
+
+    def refused_settings(self, spec: JobSpec) -> str:
+        """What check_settings says of another job in this rank's place."""
+        from sapo_ray.errors import ConfigError
+        from sapo_ray.learner.engine import check_settings, transport_of
+
+        try:
+            check_settings(spec, dataclasses.replace(self.place, transport=transport_of(spec, self.place.gpu)))
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     def files(self) -> list[str]:
         """Shared libraries built just in time by DeepSpeed in this process."""
