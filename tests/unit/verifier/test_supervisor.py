@@ -26,7 +26,7 @@ from sapo_ray.verifier.supervisor import GradingProcesses
 DEADLINE_S = 2.0
 REPLACEMENT_S = 5.0
 ALLOWANCE = 3  # on promised bounds: the machine may be shared
-POISON = ["9^{9^{9^9}}", "100000000!", r"\binom{10^9}{10^8}", "2^{2^{40}}"]
+POISON = ["9^{9^{9^9}}", "100000000!", r"\binom{10^9}{10^8}", "2^{2^{40}}", "{" * 60 + "}" * 60]
 
 
 @asynccontextmanager
@@ -76,7 +76,7 @@ async def test_poison_among_good_answers_spoils_only_itself() -> None:
     good = [("error", "timeout"), ("correct", "match"), ("wrong", "mismatch"), ("correct", "match")]
     assert verdicts(gradings) == [
         ("correct", "match"),
-        *(good * 4),
+        *(good * len(POISON)),
         ("wrong", "no_answer"),
         ("wrong", "no_answer"),
         ("correct", "match"),
@@ -84,10 +84,10 @@ async def test_poison_among_good_answers_spoils_only_itself() -> None:
         ("wrong", "unparseable"),
         ("correct", "match"),
     ]
-    assert seconds < bound(failures=4, processes=2)
-    assert stats.killed >= 8  # each poison answer twice
-    assert stats.errors == {"timeout": 4}
-    assert stats.seconds_lost >= 8 * DEADLINE_S
+    assert seconds < bound(failures=len(POISON), processes=2)
+    assert stats.killed >= 2 * len(POISON)  # each poison answer twice
+    assert stats.errors == {"timeout": len(POISON)}
+    assert stats.seconds_lost >= 2 * len(POISON) * DEADLINE_S
 
 
 async def test_a_hostile_reward_function_spoils_only_itself(misbehaving: str) -> None:
