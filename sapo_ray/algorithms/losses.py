@@ -59,8 +59,7 @@ def token_loss(
         lies there is never looked at, be it infinite or NaN.
     advantages, loss_weights: [B] or [B, T]; see advantages.loss_weights. A weight of 0 takes a completion out of
         the loss and of the gate's statistics.
-    entropy: [B, T] nats; ages: [B] or [B, T] policy age of tokens; groups: [B] integer names of groups within the
-        step. All optional, for diagnostics only.
+    For diagnostics only: entropy [B, T] nats, ages [B] or [B, T] of tokens, groups [B] integer names in the step.
 
     The loss hangs on logp even if everything is masked, so that backward runs on every rank.
     """
@@ -72,33 +71,30 @@ def token_loss(
     advantage = torch.where(mask, _per_token(advantages, mask), 0.0)
     weights = torch.where(mask, _per_token(loss_weights, mask), 0.0)
     ratio, gate = _gate(objective, log_ratio, advantage > 0, mask)
-    correction = correct(
-        objective.correction, objective.correction_cap, old_logp=reference, rollout_logp=rollout_logp, mask=mask
-    )
+    kind, cap = objective.correction, objective.correction_cap
+    correction = correct(kind, cap, old_logp=reference, rollout_logp=rollout_logp, mask=mask)
     factor = weights * correction.factor
-    surrogate = gate.value + gate.coefficient * (logp - logp.detach())
-    loss = -(advantage * factor * surrogate).sum()
-    with torch.no_grad():
-        flat = _Flat(mask)
-        tokens = Tokens(
-            active=flat(weights > 0),
-            advantage=flat(advantage),
-            weight=flat(gate.weight),
-            log_ratio=flat(ratio),
-            mass=flat((advantage * factor * gate.coefficient).abs()),
-            clamped=flat(ratio.abs() > MAX_LOG_RATIO),
-            hard_clipped=flat(_hard_clipped(objective, log_ratio, advantage)),
-            capped=flat(_capped(objective, ratio, advantage)),
-            rejected=flat(correction.rejected),
-            correction=flat(correction.factor),
-            # In bypass mode the learner's old log-probs are not known: the policy in training stands for them.
-            log_rho=flat((logp if objective.bypass else reference) - rollout_logp),
-            group=None if groups is None else flat(_per_token(groups, mask)),
-            age=None if ages is None else flat(_per_token(ages, mask)),
-            entropy=None if entropy is None else flat(entropy),
-        )
-        stats = TokenStats()
-        stats.add(tokens, rejected_sequences=_count_rejected(correction, weights))
+    loss = -(advantage * factor * (gate.value + gate.coefficient * (logp - logp.detach()))).sum()
+    flat = _Flat(mask)
+    tokens = Tokens(
+        active=flat(weights > 0),
+        advantage=flat(advantage),
+        weight=flat(gate.weight),
+        log_ratio=flat(ratio),
+        mass=flat((advantage * factor * gate.coefficient).abs()),
+        clamped=flat(ratio.abs() > MAX_LOG_RATIO),
+        hard_clipped=flat(_hard_clipped(objective, log_ratio, advantage)),
+        capped=flat(_capped(objective, ratio, advantage)),
+        rejected=flat(correction.rejected),
+        correction=flat(correction.factor),
+        # In bypass mode the learner's old log-probs are not known: the policy in training stands for them.
+        log_rho=flat((logp if objective.bypass else reference).detach() - rollout_logp),
+        group=None if groups is None else flat(_per_token(groups, mask)),
+        age=None if ages is None else flat(_per_token(ages, mask)),
+        entropy=None if entropy is None else flat(entropy),
+    )
+    stats = TokenStats()
+    stats.add(tokens, rejected_sequences=_count_rejected(correction, weights))
     return TokenLoss(loss, stats)
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MIN_BLOCK_ELEMENTS = 1 << 22
-"""Blocks of logits are not made smaller than this many elements (16 MB in float32)."""
+MIN_BLOCK_ELEMENTS = 1 << 21
+"""Blocks of logits are not made smaller than this many elements (8 MB in float32)."""
 BLOCKS = 32
 """A block is at most this part of the logits, above the minimum."""
 
@@ -33,7 +33,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def default_chunk_tokens(tokens: int, vocabulary: int) -> int:
-    """Tokens whose logits exist at once: 1/32 of all, or as many as fill 16 MB of float32 logits."""
+    """Tokens whose logits exist at once: 1/32 of all, or as many as fill 8 MB of float32 logits."""
     wanted = max(-(-tokens // BLOCKS), MIN_BLOCK_ELEMENTS // vocabulary, 1)
     return max(min(tokens, wanted), 1)
 

@@ -52,6 +52,13 @@ def test_product_mask_drops_long_sequences_that_the_mean_keeps() -> None:
     assert corrected("sequence_mask", rho).rejected_sequences.tolist() == [False, False]
 
 
+def test_the_mean_is_over_real_tokens_however_wide_the_batch() -> None:
+    # 1.08 is too far from 1; spread over four places instead of two it would pass for 1.04.
+    got = corrected("sequence_mask", [[1.08, 1.08, 1.0, 1.0]], [[1, 1, 0, 0]])
+    assert got.rejected_sequences.tolist() == [True]
+    assert got.rejected.tolist() == [[True, True, False, False]]
+
+
 def test_no_correction_is_1_everywhere() -> None:
     got = corrected("none", [[0.01, 100.0]])
     assert got.factor.tolist() == [[1.0, 1.0]]

@@ -168,22 +168,21 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_as_large_as_a_tenth_of_the_logits_ever_exists() -> None:
-    tokens, vocabulary = 512, 40_000
+    tokens, vocabulary = 512, 50_000
     hidden, weight, targets, outer = inputs(torch.float32, tokens=tokens, vocabulary=vocabulary)
     with LargestTensor() as ours:
         gradients(token_logprobs(hidden, weight, targets, 1.0).logp, outer, hidden, weight)
     with LargestTensor() as plain:
         gradients(naive(hidden, weight, targets, 1.0)[0], outer, hidden, weight)
     assert plain.elements == tokens * vocabulary
-    assert 0 < ours.elements < tokens * vocabulary / 4
-    assert ours.elements <= max(default_chunk_tokens(tokens, vocabulary) * vocabulary, weight.numel())
+    assert 0 < ours.elements < tokens * vocabulary / 10
 
 
 @given(st.integers(0, 100_000), st.integers(1, 300_000))
-def test_the_chosen_block_is_a_32nd_of_the_logits_or_16_mb(tokens: int, vocabulary: int) -> None:
+def test_the_chosen_block_is_a_32nd_of_the_logits_or_8_mb(tokens: int, vocabulary: int) -> None:
     chunk = default_chunk_tokens(tokens, vocabulary)
     assert 1 <= chunk <= max(tokens, 1)
-    assert chunk * vocabulary <= max(math.ceil(tokens / 32) * vocabulary, 1 << 22, vocabulary)
+    assert chunk * vocabulary <= max(math.ceil(tokens / 32) * vocabulary, 1 << 21, vocabulary)
 
 
 def test_no_tokens_give_no_log_probs_and_no_gradient() -> None:
