@@ -52,6 +52,7 @@ class RolloutPool:
         self._failure: TrainingFailed | None = None
         self._coming: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._endings: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._closing = False
         self._gpus = False
@@ -70,7 +71,7 @@ class RolloutPool:
     async def close(self) -> None:
         """End every worker and every process of them."""
         self._closing = True
-        for task in self._tasks:
+        for task in self._tasks - self._endings:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         workers, self._workers = list(self._workers.values()), {}
@@ -104,14 +105,14 @@ class RolloutPool:
                 async for completion in completions:
                     yield completion
         except (WorkerLost, WeightsRefused) as error:
-            self._background(self._lose(worker, error))
+            self._lose(worker, error)
             raise WorkerLost(str(error)) from None
         finally:
             worker.in_flight -= len(request.samples)
             silent = clock() - worker.last_progress
             if silent > STUCK * self._spec.rollout.group_deadline_s:
                 stuck = DeadlineExceeded(f"{worker.id} finished nothing at all for {silent:.0f} s")
-                self._background(self._lose(worker, stuck))
+                self._lose(worker, stuck)
             self._notify()
 
     async def update(self, published: Published) -> list[Takeover]:
@@ -196,7 +197,7 @@ class RolloutPool:
         try:
             await self._start_worker(worker)
         except SapoRayError as error:
-            await self._lose(worker, error)
+            self._lose(worker, error)
             return
         if self._published is not None and self._published.buckets:
             await self._bring(worker)
@@ -210,7 +211,7 @@ class RolloutPool:
                 except SapoRayError as error:
                     version = str(published.manifest.version)
                     self._event("takeover_failed", worker, version=version, reason=str(error))
-                    await self._lose(worker, error)
+                    self._lose(worker, error)
                     return None
                 if worker.takeover is None:
                     self._event("worker_ready", worker, version=str(takeover.version), seconds=takeover.seconds)
@@ -230,10 +231,10 @@ class RolloutPool:
             reason = error
         finally:
             broken.cancel()
-        await self._lose(worker, reason)
+        self._lose(worker, reason)
 
-    async def _lose(self, worker: RemoteWorker, reason: SapoRayError) -> None:
-        """End a worker that cannot be used and replace it, if its slot has replacements left."""
+    def _lose(self, worker: RemoteWorker, reason: SapoRayError) -> None:
+        """Use a worker no more, from this moment on; end it, and replace it if its slot has replacements left."""
         if self._closing or worker.state in (WorkerState.LOST, WorkerState.STOPPED):
             return
         wanted = worker.state is not WorkerState.DRAINING
@@ -243,8 +244,8 @@ class RolloutPool:
         self._event("worker_lost", worker, reason=str(reason))
         if wanted and self._may_replace(worker):
             self._add(worker.slot)
+        self._endings.add(self._background(worker.kill()))
         self._notify()
-        await worker.kill()
 
     def _may_replace(self, worker: RemoteWorker) -> bool:
         now = asyncio.get_running_loop().time()
@@ -273,13 +274,15 @@ class RolloutPool:
     def _event(self, kind: str, worker: RemoteWorker, **details: Any) -> None:
         self.events.put_nowait({"kind": kind, "worker": worker.id, **details})
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._endings.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # Nothing of the pool may die silently: whoever asks it next gets the error.
             self._failure = TrainingFailed(f"the rollout pool failed: {error!r}")
