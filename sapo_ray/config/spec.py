@@ -278,7 +278,7 @@ class EvaluationSpec(Section):
     every: Annotated[int, Field(ge=0)] = 10
     """Steps between evaluations; 0: only before and after."""
     limit: Count | None = None
-    """Prompts used, the first so many."""
+    """Prompts used of each source, the first so many."""
     samples: Annotated[int, Field(ge=0)] = 1
     """Sampled completions per prompt, beside the greedy one, before and after; 0: greedy only."""
     temperature: Positive = 1.0

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from sapo_ray.data import addition
@@ -155,15 +156,11 @@ def _demonstrations(
     tokenizer: Any, rng: random.Random, pairs: Sequence[addition.Pair]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels [B, T] int64; only the working and its end carry loss, other labels are -100."""
-    prompts = _encode(tokenizer, [addition.prompt(a, b) for a, b in pairs])
-    workings = _encode(tokenizer, [addition.careless_working(rng, a, b) for a, b in pairs])
-    width = max(len(p) + len(w) + 1 for p, w in zip(prompts, workings, strict=True))
-    tokens_BT = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    labels_BT = torch.full((len(pairs), width), -100)
-    for row, (asked, working) in enumerate(zip(prompts, workings, strict=True)):
-        whole = torch.tensor([*asked, *working, tokenizer.eos_token_id])
-        tokens_BT[row, : len(whole)] = whole
-        labels_BT[row, len(asked) : len(whole)] = whole[len(asked) :]
+    texts = [addition.prompt(a, b) + addition.careless_working(rng, a, b) for a, b in pairs]
+    rows = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in _encode(tokenizer, texts)]
+    tokens_BT = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    labels_BT = pad_sequence(rows, batch_first=True, padding_value=-100)
+    labels_BT[:, : len(addition.prompt(10, 10))] = -100  # one token per character, and all prompts of one length
     return tokens_BT, labels_BT
 
 

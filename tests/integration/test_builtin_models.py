@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,30 +21,31 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    answers = {}
-    for folder, prompts in json.loads(sys.argv[1]).items():
-        engine = LLM(
-            model=folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8,
-            kv_cache_memory_bytes=64 << 20, disable_log_stats=True,
-        )
-        outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
-        answers[folder] = [[list(o.prompt_token_ids), list(o.outputs[0].token_ids), o.outputs[0].text] for o in outputs]
-        defaults = engine.get_default_sampling_params()
-        assert (defaults.temperature, defaults.top_p, defaults.top_k) == (1.0, 1.0, 0), defaults
+    engine = LLM(
+        model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8,
+        kv_cache_memory_bytes=64 << 20, disable_log_stats=True,
+    )
+    defaults = engine.get_default_sampling_params()
+    assert (defaults.temperature, defaults.top_p, defaults.top_k) == (1.0, 1.0, 0), defaults
+    outputs = engine.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    answers = [[list(o.prompt_token_ids), list(o.outputs[0].token_ids)] for o in outputs]
     print("ANSWERS" + json.dumps(answers))
 """
 
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_vllm_tokenises_and_answers_greedily_as_transformers_does(tmp_path: Path) -> None:
-    addition, in_bytes = tmp_path / "addition", tmp_path / "bytes"
-    make_addition_model(addition, seed=0)
-    make_bytes_model(in_bytes, seed=0)
-    prompts = {
-        str(addition): ["17+25=", r"99+10=9+0=9,9+1+0=10,\boxed{"],
-        str(in_bytes): ["Is 2 < 10?\n", "¿Qué? 数学 "],
-    }
+@pytest.mark.parametrize(
+    ("make", "texts"),
+    [
+        (make_addition_model, ["17+25=", r"99+10=9+0=9,9+1+0=10,\boxed{"]),
+        (make_bytes_model, ["Is 2 < 10?\n", "¿Qué? 数学 "]),
+    ],
+)
+def test_vllm_tokenises_and_answers_greedily_as_transformers_does(
+    make: Callable[[Path, int], None], texts: list[str], tmp_path: Path
+) -> None:
+    make(tmp_path / "model", 0)
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -53,17 +55,15 @@ def test_vllm_tokenises_and_answers_greedily_as_transformers_does(tmp_path: Path
     }
     script = tmp_path / "generate.py"
     script.write_text(GENERATE)
-    process = subprocess.run(
-        [sys.executable, str(script), json.dumps(prompts)], env=environment, capture_output=True, text=True, timeout=400
-    )
+    command = [sys.executable, str(script), str(tmp_path / "model"), json.dumps(texts)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     answers = json.loads(process.stdout.rpartition("ANSWERS")[2])
-    for folder, texts in prompts.items():
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        for text, (prompt_ids, token_ids, decoded) in zip(texts, answers[folder], strict=True):
-            inputs = tokenizer(text, return_tensors="pt")
-            assert prompt_ids == inputs["input_ids"][0].tolist()
-            with torch.no_grad():
-                output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-            assert token_ids == output[0, len(prompt_ids) :].tolist()
-            assert decoded == tokenizer.decode(token_ids, skip_special_tokens=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text, (prompt_ids, token_ids) in zip(texts, answers, strict=True):
+        inputs = tokenizer(text, return_tensors="pt")
+        assert prompt_ids == inputs["input_ids"][0].tolist()
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        assert token_ids == output[0, len(prompt_ids) :].tolist()
