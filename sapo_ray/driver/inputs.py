@@ -46,7 +46,10 @@ def prepare_inputs(
     check_references(spec)
     model_path = prepare_model(spec.model, model_folder, spec.seed, on_warm_start)
     tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
-    canary = PromptSource(spec.data, tokenizer, spec.seed)
+    prompts = PromptSource(spec.data, tokenizer, spec.seed)
+    start = prompts.state()
+    canary = tuple(prompts.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES))
+    prompts.restore(start)
     evaluation = (
         evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit)
         if spec.evaluation.data
@@ -54,9 +57,9 @@ def prepare_inputs(
     )
     return Inputs(
         model_path=model_path,
-        prompts=PromptSource(spec.data, tokenizer, spec.seed),
+        prompts=prompts,
         evaluation=evaluation,
-        canary=tuple(canary.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES)),
+        canary=canary,
         seconds=time.monotonic() - began,
     )
 
