@@ -16,6 +16,8 @@ import logging
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import util
+from multiprocessing.synchronize import SemLock
 from typing import Any
 
 import torch
@@ -201,6 +203,12 @@ class Attestation:
     def received_weights(self) -> list[tuple[str, str, list[int], int]]:
         """(name, dtype, shape, checksum) of each tensor of the last update, as this process received it."""
         return [(name, *what) for name, what in self.weight_transfer_engine.received.items()]
+
+    def release_semaphore_names(self) -> None:
+        """Take this process's semaphores out of /dev/shm; they go on working, and no kill -9 can leave them there."""
+        for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
+            if finalizer._callback is SemLock._cleanup:  # type: ignore[attr-defined]
+                finalizer()
 
 
 register()

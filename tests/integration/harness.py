@@ -65,7 +65,8 @@ def run(arguments: list[str], log: Path, timeout: float = 500.0) -> str:
     code = process.wait(timeout=timeout)
     output = log.read_text()
     assert code == 0, output[-4000:]
-    assert command.leaves_nothing() == []
+    left = command.leaves_nothing()
+    assert left == [], f"left behind: {left}"
     return output
 
 
