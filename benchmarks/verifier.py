@@ -4,9 +4,9 @@ every answer may be killed; and poison does not hold up the good answers.
 Bare is what a script would do: parse the reference, parse the completion, verify, in this process, with math-verify's
 defaults. Against it stand one grading process (requests, deadlines and answers included) as it is, and one with caches
 and shortcuts off, which does more mathematics than bare: a reference that is no plain number is also compared with 0,
-once for each item here, where a training run does so once for a group. Each round has items of its own and times all three
-one after the other; ratios are medians over rounds, by the clock and by processor time: the second is the one to read
-on a machine that does other work as well.
+once for each item here, where a training run does so once for a group. Each round has items of its own and times all
+three one after the other; ratios are medians over rounds, by the clock and by processor time: the second is the one to
+read on a machine that does other work as well.
 
     python benchmarks/verifier.py [--rounds 5] [--items 1000] [--deadline 5]
 """
