@@ -234,6 +234,8 @@ class LearnerGroup:
             self._kill()
             raise
         self._kill()
+        for task in tasks:
+            task.cancel()  # they would fail unheard
         raise problem
 
     def _check_open(self) -> None:

@@ -60,8 +60,9 @@ class Sender:
                     metas += [self._meta(slot, number, raw) for slot in bucket.slots]
                     if not pushed:
                         yield raw.numpy()
-        canary = self._canary()
-        if sends:
+        # Only under ZeRO-3 is a forward pass a collective; elsewhere the other ranks have nothing to add.
+        canary = self._canary() if sends or self.gathers else None
+        if canary and sends:
             yield WeightsManifest(
                 version=version,
                 fingerprint=fingerprint(version, metas),
