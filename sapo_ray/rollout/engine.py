@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sapo_ray.config.spec import JobSpec
 
@@ -98,6 +98,13 @@ def expected_parameters(spec: JobSpec, model_path: str) -> dict[str, tuple[int, 
             _config(spec, model_path), trust_remote_code=spec.model.trust_remote_code
         )
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def tokenizer_of(spec: JobSpec, model_path: str) -> Any:
+    """The model's tokenizer, to decode with."""
+    return AutoTokenizer.from_pretrained(
+        model_path, revision=_revision(spec, model_path), trust_remote_code=spec.model.trust_remote_code
+    )
 
 
 def _config(spec: JobSpec, model_path: str) -> Any:

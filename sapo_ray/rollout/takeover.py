@@ -71,37 +71,37 @@ class WeightReceiver:
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
         """Join the learner's transfer group; leaves an earlier one first (vLLM would leak it)."""
-        await self._bounded(self._engine.shutdown_weight_transfer_engine(), "leave the old transfer group")
-        await self._bounded(self._engine.init_weight_transfer_engine(request), "join the transfer group")
+        await self._push_verb(self._join(request), "join the transfer group")
 
     async def shutdown_weight_transfer_engine(self) -> None:
         """Leave the learner's transfer group."""
-        await self._bounded(self._engine.shutdown_weight_transfer_engine(), "leave the transfer group")
+        await self._push_verb(self._engine.shutdown_weight_transfer_engine(), "leave the transfer group")
 
     async def start_weight_update(self) -> None:
         """Pause between two decoding steps. The engine stays paused until `take_over`."""
-        try:
-            await self._start()
-        except BaseException as error:
-            raise self._broken("a weight push", error) from error
+        await self._push_verb(self._start(), "start a weight push")
 
     async def update_weights(self, request: Any) -> None:
         """Receive what the learner pushes."""
-        try:
-            await self._bounded(self._engine.update_weights(request), "receive pushed weights")
-        except BaseException as error:
-            raise self._broken("a weight push", error) from error
+        await self._push_verb(self._engine.update_weights(request), "receive pushed weights")
 
     async def finish_weight_update(self) -> None:
         """All has been pushed."""
-        try:
-            await self._bounded(self._engine.finish_weight_update(), "finish the weight push")
-        except BaseException as error:
-            raise self._broken("a weight push", error) from error
+        await self._push_verb(self._engine.finish_weight_update(), "finish a weight push")
         self._pushed = True
 
     async def update_weight_version(self, new_version: str) -> None:
         """The manifest says which version it is."""
+
+    async def _push_verb(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        try:
+            await self._bounded(work, what)
+        except BaseException as error:
+            raise self._broken("pushed weights", error) from error
+
+    async def _join(self, request: Any) -> None:
+        await self._engine.shutdown_weight_transfer_engine()
+        await self._engine.init_weight_transfer_engine(request)
 
     async def _start(self) -> None:
         self._pushed = False

@@ -18,10 +18,9 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import psutil
-from transformers import AutoTokenizer
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.errors import ConfigError, SapoRayError, WeightsRefused, WorkerLost
+from sapo_ray.errors import ConfigError, ModelError, SapoRayError, WeightsRefused, WorkerLost
 from sapo_ray.rollout import engine as engines
 from sapo_ray.rollout.attestation import Gate
 from sapo_ray.rollout.sampling import Finished, GroupSampling
@@ -43,13 +42,18 @@ class RolloutWorker:
         self._groups = self._completions = self._tokens = 0
 
     async def start(self, noise: Takeover | None = None) -> dict[str, Any]:
-        """Load the model from disk. `noise`: the run's first takeover, if there was one. Returns `stats()`."""
-        expected = engines.expected_parameters(self._spec, self._model_path)
-        self._longest = engines.longest_sequence(self._spec, self._model_path)
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            self._model_path, trust_remote_code=self._spec.model.trust_remote_code
-        )
+        """Load the model from disk. `noise`: the run's first takeover, if there was one. Returns `stats()`.
+
+        Raises ModelError when the model is missing or of a kind that transformers cannot build.
+        """
+        try:
+            expected = engines.expected_parameters(self._spec, self._model_path)
+            self._longest = engines.longest_sequence(self._spec, self._model_path)
+            self._tokenizer = engines.tokenizer_of(self._spec, self._model_path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self._id} cannot load model {self._model_path}: {error}") from error
         self._engine = engines.build_engine(self._spec, self._model_path)
+        await self._engine.collective_rpc("release_semaphore_names")
         self._weights = WeightReceiver(
             self._engine,
             self._gate,
