@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 PHASES = {
     "model": "model and data",
     "start": "starting engines",
-    "restore": "restoring checkpoint",
     "evaluate_before": "accuracy before",
     "train": "training",
     "evaluate": "held-out accuracy",
@@ -21,6 +21,12 @@ PHASES = {
 }
 PLAIN_EVERY = 5
 """Without a terminal, one line so many steps."""
+TROUBLE = {
+    "worker_lost": "was lost",
+    "takeover_failed": "failed to take the weights over",
+    "worker_not_replaced": "is not replaced",
+}
+"""What happened to a worker, of all events about workers those that a person should see."""
 
 
 class ProgressDisplay:
@@ -30,11 +36,13 @@ class ProgressDisplay:
         self._console = console
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
+            # What is not bounded here takes the room of the bars and times on a narrow terminal.
+            TextColumn("{task.description}", table_column=Column(min_width=17, no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(min_width=14, ratio=1)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, max_width=36)),
+            TimeElapsedColumn(table_column=Column(min_width=7, no_wrap=True)),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -62,7 +70,7 @@ class ProgressDisplay:
         self._current = phase
         total = event.get("steps")
         self._tasks[phase] = self._bars.add_task(
-            PHASES.get(phase, phase), total=total, completed=event.get("step", 0) if total else 0, note=""
+            escape(PHASES.get(phase, phase)), total=total, completed=event.get("step", 0) if total else 0, note=""
         )
         self._plain(f"{PHASES.get(phase, phase)} ...")
 
@@ -74,14 +82,14 @@ class ProgressDisplay:
 
     def _on_warm_start(self, event: dict[str, Any]) -> None:
         accuracy = "" if event["accuracy"] is None else f", sampled accuracy {event['accuracy']:.2f}"
-        self._note(f"warm start: step {event['step']}, loss {event['loss']:.3f}{accuracy}")
+        self._note(f"step {event['step']}{accuracy}")
 
     def _on_step(self, event: dict[str, Any]) -> None:
         metrics = event["metrics"]
         task = self._tasks.get("train")
         if task is not None:
             self._bars.update(task, completed=event["step"])
-        note = f"step {event['step']}/{event['steps']}  reward {metrics['reward/mean']:.3f}{self._accuracy}"
+        note = f"{event['step']}/{event['steps']}  reward {metrics['reward/mean']:.3f}{self._accuracy}"
         self._note(note, plain=event["step"] % PLAIN_EVERY == 0 or event["step"] == event["steps"])
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
@@ -90,25 +98,40 @@ class ProgressDisplay:
         self._plain(f"step {event['step']}: held-out accuracy {greedy:.3f}")
 
     def _on_condition(self, event: dict[str, Any]) -> None:
+        if event["condition"] == "Advice":
+            self._say(f"[yellow]note:[/] {escape(str(event['reason']))}")
+            return
         details = ", ".join(
             f"{key} {value}"
             for key, value in event.items()
             if key not in ("time", "attempt", "seq", "kind", "condition")
         )
-        self._console.print(f"[yellow]{event['condition']}[/]: {details}", highlight=False)
+        self._say(f"[yellow]{escape(str(event['condition']))}[/]: {escape(details)}")
+
+    def _on_worker(self, event: dict[str, Any]) -> None:
+        happened = TROUBLE.get(event["what"])
+        if happened is not None:
+            reason = f": {event['reason']}" if event.get("reason") else ""
+            text = f"{event['worker']} {happened}{reason}"
+            self._say(f"[yellow]worker[/] {escape(text)}")
 
     def _on_rollback(self, event: dict[str, Any]) -> None:
-        self._console.print(f"going on from step {event['to_step']} ({event['checkpoint']})", highlight=False)
+        self._say(f"going on from step {event['to_step']} ({escape(event['checkpoint'])})")
 
     def _on_transition(self, event: dict[str, Any]) -> None:
+        if event["state"] == "starting":
+            self._say(f"run {escape(event['run_dir'])}")
         if event["state"] in ("succeeded", "failed", "interrupted"):
             self._finish()
 
     def _note(self, text: str, *, plain: bool = True) -> None:
         if self._current is not None:
-            self._bars.update(self._tasks[self._current], note=text)
+            self._bars.update(self._tasks[self._current], note=escape(text))
         if plain:
             self._plain(text)
+
+    def _say(self, markup: str) -> None:
+        self._console.print(markup, highlight=False, soft_wrap=True)
 
     def _plain(self, text: str) -> None:
         if not self._console.is_terminal:
@@ -120,20 +143,23 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     before, after = result["accuracy"]["before"], result["accuracy"]["after"]
     if after is not None:
         table = Table(title="held-out accuracy, 95% intervals", title_justify="left")
-        for column in ("", "before", "after", "prompts"):
+        for column in ("", "before", "after", "prompts", "errors"):
             table.add_column(column, justify="left" if not column else "right")
         for label, old, new in accuracy_rows(before, after):
-            table.add_row(label, "-" if old is None else interval(old), interval(new), str(new["prompts"]))
+            counts = (str(new["prompts"]), str(new["errors"]))
+            table.add_row(escape(label), "-" if old is None else escape(interval(old)), escape(interval(new)), *counts)
         console.print(table)
+        if any(new["errors"] for _, _, new in accuracy_rows(before, after)):
+            console.print("errors: completions without a verdict; they are in no accuracy")
     times = Table(title="where the time went", title_justify="left")
     times.add_column("phase")
     times.add_column("seconds", justify="right")
     for phase, seconds in result["seconds"].items():
-        times.add_row(phase, f"{seconds:.1f}")
+        times.add_row(escape(phase), f"{seconds:.1f}")
     times.add_row("all", f"{sum(result['seconds'].values()):.1f}")
     console.print(times)
-    console.print(f"run       {result['run_dir']}", highlight=False, soft_wrap=True)
-    console.print(f"model     {result['export']}  (Hugging Face format)", highlight=False, soft_wrap=True)
+    console.print(f"run       {escape(result['run_dir'])}", highlight=False, soft_wrap=True)
+    console.print(f"model     {escape(result['export'])}  (Hugging Face format)", highlight=False, soft_wrap=True)
 
 
 def accuracy_rows(before: dict[str, Any] | None, after: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
