@@ -6,7 +6,8 @@
 # make clean        remove .venv and caches
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-GPU ?=
+# A .venv that holds the GPU set goes on with it.
+GPU ?= $(if $(wildcard .venv/.locked-gpu),1)
 SET := $(if $(GPU),gpu,cpu)
 OTHER := $(if $(GPU),cpu,gpu)
 VENV := .venv
