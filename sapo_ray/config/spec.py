@@ -211,7 +211,8 @@ class VerifierSpec(Section):
     reward: str | None = None
     """`module:function` of your own: f(completion=, gold=, prompt=) -> float or {part: float}; same isolation."""
     unverifiable: Literal["exclude", "wrong"] = "exclude"
-    """An error that the completion itself causes, reproduced once: leave it out, or reward 0."""
+    """An error of the completion itself, reproduced once (no answer in time, too long, it ended the grading process):
+    leave it out, or reward 0. What a reward function raises or returns amiss is always left out."""
     max_answer_chars: Count = 1000
     """Longer answers are not parsed (verdict error, too_long)."""
     memory_mb: Count = 2048
@@ -252,7 +253,7 @@ class LearnerSpec(Section):
     offload_optimizer: bool = False
     """Optimizer state in host memory (ZeRO 1-3 on GPUs)."""
     transport: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
-    """How weights reach the workers; auto: nccl where learners and workers own GPUs, else shared_memory."""
+    """How weights reach the workers; auto is shared_memory, on GPUs too: it is the transport that was tested."""
     bucket_mb: Count = 256
     """Weights are gathered and sent in buckets of this size; a larger tensor is a bucket of its own."""
     max_nonfinite: Count = 3
@@ -374,3 +375,8 @@ class JobSpec(Section):
     def rollout_dtype(self) -> str:
         """dtype of engines and published weights."""
         return self.rollout.dtype or self.model.dtype
+
+    @property
+    def transport(self) -> Literal["shared_memory", "nccl", "ipc"]:
+        """How weights reach the workers, `auto` resolved."""
+        return "shared_memory" if self.learner.transport == "auto" else self.learner.transport

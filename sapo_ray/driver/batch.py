@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sapo_ray.algorithms.advantages import advantages, overlong_penalty
+from sapo_ray.algorithms.advantages import advantages, has_signal, overlong_penalty
 from sapo_ray.algorithms.settings import Objective
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.collector import GradedCompletion, GradedGroup
 from sapo_ray.types import DropReason, PolicyVersion, TrainSample, Verdict
+
+UNVERIFIABLE = ("timeout", "too_long", "crash")
+"""Reasons that count as errors even where `verifier.unverifiable: wrong` gave them a reward."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +27,12 @@ class Batch:
     groups: tuple[GradedGroup, ...]
     samples: tuple[TrainSample, ...]
 
-    def advantages_by_group(self) -> dict[str, list[tuple[int, float]]]:
-        """(sample index, advantage) per group, for the ledger."""
+    def advantages_by_group(self, without: set[tuple[str, int]]) -> dict[str, list[tuple[int, float]]]:
+        """(sample index, advantage) per group, for the ledger; `without` samples that were dropped after all."""
         rows: dict[str, list[tuple[int, float]]] = {group.prompt.id: [] for group in self.groups}
         for sample in self.samples:
+            if (sample.group_id, sample.sample_index) in without:
+                continue
             rows[sample.group_id].append((sample.sample_index, round(sample.advantage, 6)))
         return rows
 
@@ -61,21 +66,20 @@ def reward_of(completion: GradedCompletion, spec: JobSpec) -> float:
     )
 
 
-def has_signal(group: GradedGroup, spec: JobSpec) -> bool:
-    """Whether rewards differ within the group; equal ones give advantages of exactly 0."""
-    rewards = [reward_of(completion, spec) for completion in graded(group)]
-    return max(rewards) > min(rewards)
+def group_rewards(group: GradedGroup, spec: JobSpec) -> list[float]:
+    """Rewards of a group's graded completions."""
+    return [reward_of(completion, spec) for completion in graded(group)]
 
 
 def make_batch(groups: list[GradedGroup], spec: JobSpec, objective: Objective) -> Batch:
     """Advantages over each group's graded completions, one TrainSample for each."""
     kept = [graded(group) for group in groups]
-    rewards = [[reward_of(completion, spec) for completion in completions] for completions in kept]
+    rewards = [group_rewards(group, spec) for group in groups]
     samples = []
-    for completions, group_rewards, group_advantages in zip(
+    for completions, its_rewards, its_advantages in zip(
         kept, rewards, advantages(objective.advantage, rewards), strict=True
     ):
-        for completion, reward, advantage in zip(completions, group_rewards, group_advantages, strict=True):
+        for completion, reward, advantage in zip(completions, its_rewards, its_advantages, strict=True):
             meta = completion.meta
             samples.append(
                 TrainSample(
@@ -94,9 +98,14 @@ def make_batch(groups: list[GradedGroup], spec: JobSpec, objective: Objective) -
     return Batch(groups=tuple(groups), samples=tuple(samples))
 
 
-def batch_metrics(batch: Batch, spec: JobSpec, learner_number: int) -> dict[str, float]:
-    """What rewards, lengths, ages and verdicts were like in a batch."""
+def batch_metrics(batch: Batch, examined: list[GradedGroup], spec: JobSpec, learner_number: int) -> dict[str, float]:
+    """What rewards, lengths, ages and verdicts were like in a batch.
+
+    Verifier errors are counted over all `examined` groups, those that were dropped for them included.
+    """
     completions = [completion for group in batch.groups for completion in group.completions]
+    gradings = [completion.grading for group in examined for completion in group.completions]
+    errors = sum(grading.verdict is Verdict.ERROR or grading.reason in UNVERIFIABLE for grading in gradings)
     verdicts = Counter(completion.grading.verdict for completion in completions)
     decided = verdicts[Verdict.CORRECT] + verdicts[Verdict.WRONG]
     lengths = np.array([completion.meta.tokens for completion in completions])
@@ -106,12 +115,12 @@ def batch_metrics(batch: Batch, spec: JobSpec, learner_number: int) -> dict[str,
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/accuracy": verdicts[Verdict.CORRECT] / max(decided, 1),
-        "reward/zero_signal_groups": float(sum(not has_signal(group, spec) for group in batch.groups)),
+        "reward/zero_signal_groups": float(sum(not has_signal(group_rewards(group, spec)) for group in batch.groups)),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/truncated": float(np.mean([completion.meta.truncated for completion in completions])),
-        "verifier/errors": float(verdicts[Verdict.ERROR]),
-        "verifier/error_rate": verdicts[Verdict.ERROR] / len(completions),
+        "verifier/errors": float(errors),
+        "verifier/error_rate": errors / len(gradings),
         "age/sample_max": float(max(ages)),
         "age/sample_mean": float(np.mean(ages)),
         "rollout/reissues": float(sum(group.reissues for group in batch.groups)),

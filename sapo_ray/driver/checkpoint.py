@@ -41,15 +41,17 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{step:06d}"
         writing, final = self._folder / f"{_WRITING}{name}", self._folder / name
-        for leftover in (writing, final):  # of a crash, or of an abandoned lineage
+        for leftover in {*self._folder.glob(f"{_WRITING}*"), final}:  # of a crash, or of an abandoned lineage
             if leftover.exists():
                 await asyncio.to_thread(shutil.rmtree, leftover)
         writing.mkdir()
         try:
             await fill(writing)
             await asyncio.to_thread(_seal, writing, step)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(writing, ignore_errors=True)
+            if not isinstance(error, OSError) and "No space left on device" not in str(error):
+                raise
             raise ResourceError(f"checkpoint of step {step} could not be written to {writing}: {error}") from error
         writing.rename(final)
         _fsync(self._folder)
@@ -57,10 +59,13 @@ class Checkpoints:
         self._prune()
         return final
 
-    def check_space(self) -> None:
-        """Raise ResourceError unless the disk holds another checkpoint of the last one's size and the reserve."""
+    def check_space(self, expected: int = 0) -> None:
+        """Raise ResourceError unless the disk holds another checkpoint and the reserve.
+
+        A checkpoint is taken to be of the last one's size, or of `expected` bytes if there is none.
+        """
         last = max(self._complete(), default=None)
-        size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file()) if last else 0
+        size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file()) if last else expected
         existing = next(path for path in (self._folder, *self._folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < self._min_free + size:

@@ -19,11 +19,12 @@ ACTOR_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USA
 
 
 @contextmanager
-def ray_for(spec: JobSpec, model_bytes: int, logs: Path) -> Iterator[None]:
+def ray_for(spec: JobSpec, weight_bytes: int, logs: Path) -> Iterator[None]:
     """Connect to RAY_ADDRESS if it is set, else start a local Ray for this run and end it afterwards.
 
-    A local Ray gets as many logical CPUs as the job has actors: on a small machine they share the real ones.
-    Its files live in a temporary folder that is removed; what the actors printed is kept in `logs`.
+    `weight_bytes` is the size of published weights. A local Ray gets as many logical CPUs as the job has actors: on a
+    small machine they share the real ones. Its files live in a temporary folder that is removed; what the actors
+    printed is kept in `logs`.
     """
     if ray.is_initialized():
         yield
@@ -39,7 +40,7 @@ def ray_for(spec: JobSpec, model_bytes: int, logs: Path) -> Iterator[None]:
     # An auth token in the home directory would switch token authentication on for this private cluster.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Two weight buffers, the payloads of all outstanding groups, and headroom.
-    store = max(512 << 20, 3 * model_bytes + (256 << 20))
+    store = max(512 << 20, int(2.2 * weight_bytes) + (256 << 20))
     check_shared_memory(store)
     folder = tempfile.mkdtemp(prefix="sapo-")  # short: the paths of sockets are limited to about 100 characters
     try:
@@ -55,8 +56,10 @@ def ray_for(spec: JobSpec, model_bytes: int, logs: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        _keep_logs(Path(folder), logs)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            _keep_logs(Path(folder), logs)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_shared_memory(needed: int) -> None:

@@ -6,13 +6,18 @@ Consumes: a prompt. Produces: its G graded completions, or the reason why there 
 Waits for: an attested worker, then the worker, then the verifier; each wait is bounded.
 
 What a dead worker had not delivered is asked for again, one by one and under the same seeds, so the group that results
-does not depend on who died when. A prompt that costs a worker its life, or its deadline, twice is quarantined.
+does not depend on who died when. A group whose worker died is a suspect, and so are its neighbours: suspects are
+repeated one at a time, and one whose worker dies again while it is the only suspect is quarantined. So is one that
+misses its own deadline twice.
+
+Groups are admitted as the engines have room, in the order in which they were asked for: the deadline of a group does
+not run while it would only wait in a queue.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from ray.exceptions import ObjectLostError, RayTaskError
@@ -32,7 +37,9 @@ from sapo_ray.types import (
 )
 
 MAX_STRIKES = 2
-"""Lost workers or missed deadlines of one prompt before it is quarantined."""
+"""Lost workers, or missed deadlines, of one prompt before it is quarantined."""
+QUEUED_PER_SEQUENCE = 2
+"""Completions admitted per sequence that the engines decode at once: some wait there, so that no engine runs dry."""
 MAX_LOST_PAYLOADS = 10
 """Times that finished samples of one prompt may be lost with their node before the run gives up."""
 
@@ -53,8 +60,6 @@ class GradedGroup:
     prompt: Prompt
     completions: tuple[GradedCompletion, ...]
     reissues: int
-    generation_seconds: float
-    grading_seconds: float
     failed: DropReason | None = None
 
 
@@ -66,6 +71,13 @@ class Collector:
         self._rollouts = rollouts
         self._verifiers = verifiers
         self._journal = journal
+        self._suspects = asyncio.Semaphore(1)
+        self._admission: dict[int, asyncio.Semaphore] = {}
+
+    def _admit(self, samples: int) -> asyncio.Semaphore:
+        """Places for groups of so many completions."""
+        sequences = QUEUED_PER_SEQUENCE * self._spec.rollout.workers * self._spec.rollout.max_num_seqs
+        return self._admission.setdefault(samples, asyncio.Semaphore(max(1, sequences // samples)))
 
     async def collect(
         self, prompt: Prompt, *, samples: int, temperature: float, max_new_tokens: int, stream: str = ""
@@ -74,21 +86,23 @@ class Collector:
         seeds = [sampling_seed(self._spec.seed, stream + prompt.id, i) for i in range(samples)]
         finished: dict[int, tuple[CompletionMeta, Ref]] = {}
         strikes = lost_payloads = 0
-        began = time.monotonic()
         while True:
             try:
-                await self._generate(prompt, seeds, finished, temperature, max_new_tokens)
-                generated = time.monotonic()
+                async with self._admit(samples), self._suspects if strikes else nullcontext():
+                    await self._generate(prompt, seeds, finished, temperature, max_new_tokens)
                 gradings = await self._verifiers.grade(
                     prompt.text, prompt.gold, [finished[i][1] for i in range(samples)]
                 )
                 break
             except (WorkerLost, TimeoutError) as error:
                 strikes += 1
-                self._journal.ledger("reissued", group=prompt.id, delivered=len(finished), reason=str(error))
+                reason = (
+                    str(error) or f"nothing within rollout.group_deadline_s ({self._spec.rollout.group_deadline_s:g} s)"
+                )
+                self._journal.ledger("reissued", group=prompt.id, delivered=len(finished), reason=reason)
                 if strikes >= MAX_STRIKES:
-                    self._journal.event("condition", condition="Quarantined", group=prompt.id, reason=str(error))
-                    return self._empty(prompt, strikes, time.monotonic() - began, DropReason.QUARANTINED)
+                    self._journal.event("condition", condition="Quarantined", group=prompt.id, reason=reason)
+                    return self._empty(prompt, strikes, DropReason.QUARANTINED)
             except (ObjectLostError, RayTaskError) as error:
                 if isinstance(error, RayTaskError) and not isinstance(error.cause, ObjectLostError):
                     raise
@@ -101,7 +115,6 @@ class Collector:
                 # The node that held finished samples is gone: everything not yet graded is asked for again.
                 self._journal.ledger("reissued", group=prompt.id, delivered=0, reason="payload lost")
                 finished.clear()
-        done = time.monotonic()
         return GradedGroup(
             prompt=prompt,
             completions=tuple(
@@ -109,8 +122,6 @@ class Collector:
                 for i in range(samples)
             ),
             reissues=strikes,
-            generation_seconds=generated - began,
-            grading_seconds=done - generated,
         )
 
     async def _generate(
@@ -132,19 +143,18 @@ class Collector:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
         )
-        async with asyncio.timeout(self._spec.rollout.group_deadline_s):
+        # The pool bounds the call by the same deadline and says more about it; this one is for a pool that does not.
+        async with asyncio.timeout(self._spec.rollout.group_deadline_s * 1.1 + 0.5):
             async for meta, payload in self._rollouts.generate(request):
                 finished[meta.sample_index] = (meta, payload)
         if short := [sample.index for sample in missing if sample.index not in finished]:
             raise WorkerLost(f"group {prompt.id}: completions {short} were not delivered")
 
     @staticmethod
-    def _empty(prompt: Prompt, strikes: int, seconds: float, reason: DropReason) -> GradedGroup:
+    def _empty(prompt: Prompt, strikes: int, reason: DropReason) -> GradedGroup:
         return GradedGroup(
             prompt=prompt,
             completions=(),
             reissues=strikes,
-            generation_seconds=seconds,
-            grading_seconds=0.0,
             failed=reason,
         )

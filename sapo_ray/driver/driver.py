@@ -29,9 +29,13 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray.exceptions import RayError
+
+from sapo_ray.algorithms.advantages import has_signal
 from sapo_ray.algorithms.settings import Objective
+from sapo_ray.config.load import spec_hash
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.batch import Batch, batch_metrics, has_signal, make_batch, reason_to_drop
+from sapo_ray.driver.batch import Batch, batch_metrics, group_rewards, make_batch, reason_to_drop
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector, GradedGroup
 from sapo_ray.driver.evaluation import Evaluation, evaluate
@@ -48,6 +52,8 @@ ERROR_RATE_CONDITION = 0.05
 STALE_RATE_CONDITION = 0.01
 DROPS_IN_A_ROW = 10
 """Batches' worth of groups dropped without one kept before the run fails."""
+GRACE_S = 30.0
+"""The parts bound their own waits and say more about them; the driver's bound is later by this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +106,13 @@ class Driver:
         self._trackers = trackers
         self._collector = Collector(spec, parts.rollouts, parts.verifiers, journal)
         self._window = Window(capacity=(spec.rollout.max_staleness + 1) * spec.rollout.prompts_per_step)
-        self._step = 0
+        self._step = self._updates = 0
         self._published: Published | None = None
         self._before: Evaluation | None = None
         self._seconds: Counter[str] = Counter()
         self._drops: Counter[DropReason] = Counter()
+        self._examined: list[GradedGroup] = []
+        self._evaluation_metrics: dict[str, float] = {}
 
     async def run(self, checkpoint: Path | None) -> Outcome:
         """Train to the last step, from the start or from `checkpoint`."""
@@ -121,12 +129,14 @@ class Driver:
                 metrics["seconds/step"] = time.monotonic() - began
                 self._window.release()
                 self._fill()
+                await self._evaluate_if_due()
                 await self._record(batch, metrics)
                 await self._checkpoint_if_due()
-                await self._evaluate_if_due()
-            if self._step == 0:
-                raise TrainingFailed("no training step was taken; steps must be >= 1 and data must not be empty")
+            if self._updates == 0:
+                raise TrainingFailed("no optimizer update was made: each had a gradient that was not finite")
             after = await self._evaluate("evaluate_after", sampled=True)
+            for tracker in self._trackers[1:]:  # metrics.jsonl has one row a step; its last one is written
+                tracker.log(self._step, self._evaluation_metrics)
             assert self._published is not None
             return Outcome(
                 steps=self._step,
@@ -151,13 +161,17 @@ class Driver:
         state = None
         if checkpoint is not None:
             with self._phase("restore"):
-                state = DriverState.read(checkpoint, self._prompts.fingerprint)
+                state = DriverState.read(checkpoint, self._prompts.fingerprint, spec_hash(self._spec))
                 await self._parts.learner.load(checkpoint / "learner")
                 self._step = state.step
                 self._before = state.before
+                self._updates = state.updates
                 self._seconds.update(state.seconds)
                 self._prompts.restore(state.prompts)
-            self._journal.event("rollback", to_step=self._step, checkpoint=checkpoint.name)
+        if (
+            self._attempt > 1
+        ):  # what an earlier attempt consumed after this step is void, also if there is no checkpoint
+            self._journal.event("rollback", to_step=self._step, checkpoint=None if state is None else state.name)
         await self._publish()
         if state is None:
             self._before = await self._evaluate("evaluate_before", sampled=True)
@@ -200,6 +214,7 @@ class Driver:
                     "verdict": c.grading.verdict,
                     "reward": c.grading.reward,
                     "reason": c.grading.reason,
+                    "detail": c.grading.detail,
                 }
                 for c in group.completions
             ],
@@ -210,34 +225,41 @@ class Driver:
         """The next `prompts_per_step` usable groups in issue order; drops what is not usable, with its reason."""
         wanted = self._spec.rollout.prompts_per_step
         taken: list[GradedGroup] = []
-        dropped = 0
+        self._examined = []
+        dropped_in_a_row = 0
         with self._phase("generation"):
             async with self._bounded("the next batch of graded groups", self._spec.deadlines.batch_s):
                 while len(taken) < wanted:
                     self._fill()
                     entry = self._window.waiting()[0]
                     group = await asyncio.shield(entry.task)
+                    self._examined.append(group)
                     reason = reason_to_drop(group, self._spec, self._step)
-                    if reason is None and self._may_resample(group, len(taken) + dropped):
-                        reason = DropReason.ZERO_SIGNAL
-                    if reason is None:
+                    if reason is None and self._may_resample(group, wanted - len(taken)):
+                        self._drop(entry, DropReason.ZERO_SIGNAL)
+                    elif reason is None:
                         entry.consumed = True
                         taken.append(group)
+                        dropped_in_a_row = 0
                     else:
                         self._drop(entry, reason)
-                        dropped += 1
-                        if not taken and dropped >= DROPS_IN_A_ROW * wanted:
+                        dropped_in_a_row += 1
+                        if dropped_in_a_row >= DROPS_IN_A_ROW * wanted:
                             raise TrainingFailed(
-                                f"{dropped} groups in a row could not be used ({dict(self._drops)}); "
-                                "look at the reasons in journal.jsonl and at samples.jsonl"
+                                f"{dropped_in_a_row} groups in a row could not be used: {_count(self._drops)}; "
+                                f"the last: {_last_detail(group)}; see `graded` and `dropped` in journal.jsonl"
                             )
         return make_batch(taken, self._spec, self._objective)
 
-    def _may_resample(self, group: GradedGroup, issued: int) -> bool:
-        """Dynamic sampling: whether a group without signal is to be replaced, within the bound for one step."""
+    def _may_resample(self, group: GradedGroup, missing: int) -> bool:
+        """Dynamic sampling: whether a group without signal is replaced, so that the step stays within its bound."""
         algorithm = self._spec.algorithm
         bound = algorithm.dynamic_sampling_limit * self._spec.rollout.prompts_per_step
-        return algorithm.dynamic_sampling and issued + 1 < bound and not has_signal(group, self._spec)
+        return (
+            algorithm.dynamic_sampling
+            and len(self._examined) + missing <= bound
+            and not has_signal(group_rewards(group, self._spec))
+        )
 
     def _drop(self, entry: Entry, reason: DropReason) -> None:
         self._journal.ledger("dropped", group=entry.prompt.id, reason=reason, step=self._step + 1)
@@ -247,20 +269,27 @@ class Driver:
     async def _train(self, batch: Batch) -> dict[str, float]:
         """One learner step: all its updates. Afterwards the batch is consumed."""
         with self._phase("training"):
-            async with self._bounded("the learner's step", self._spec.deadlines.step_s):
+            async with self._bounded("the learner's step", self._spec.deadlines.step_s + GRACE_S):
                 report = await self._parts.learner.train(self._step + 1, list(batch.samples))
-        age = batch_metrics(batch, self._spec, self._step)
-        for group_id, sample_index in report.dropped:
-            self._journal.ledger("dropped", group=group_id, i=sample_index, reason=DropReason.NONFINITE)
+        metrics = batch_metrics(batch, self._examined, self._spec, self._step)
         self._step += 1
-        self._journal.ledger("consumed", step=self._step, groups=batch.advantages_by_group())
-        return age | dict(report.metrics)
+        self._updates += report.updates
+        dropped = set(report.dropped)
+        for group_id, sample_index in report.dropped:
+            self._journal.ledger(
+                "dropped", group=group_id, i=sample_index, reason=DropReason.NONFINITE, step=self._step
+            )
+            self._drops[DropReason.NONFINITE] += 1
+        self._journal.ledger("consumed", step=self._step, groups=batch.advantages_by_group(without=dropped))
+        return metrics | dict(report.metrics)
 
     async def _publish(self) -> dict[str, float]:
         """Give the learner's weights a version and bring every worker to it."""
         before = self._seconds["publish"]
         with self._phase("publish"):
-            async with self._bounded("publishing weights and the workers' takeover", self._spec.deadlines.publish_s):
+            async with self._bounded(
+                "publishing weights and the workers' takeover", 2 * self._spec.deadlines.publish_s + GRACE_S
+            ):
                 receivers = self._parts.rollouts.push_targets()
                 self._published = await self._parts.learner.publish(self._version(), receivers)
                 takeovers = await self._parts.rollouts.update(self._published)
@@ -283,6 +312,8 @@ class Driver:
 
     async def _record(self, batch: Batch, metrics: dict[str, float]) -> None:
         """Metrics, conditions and the journal, durable before the next step."""
+        metrics |= self._evaluation_metrics
+        self._evaluation_metrics = {}
         metrics |= {f"drops/{reason}": float(self._drops[reason]) for reason in DropReason}
         metrics |= {f"seconds/all_{phase}": seconds for phase, seconds in self._seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
@@ -305,20 +336,28 @@ class Driver:
         rows = [
             {
                 "step": self._step,
+                "attempt": self._attempt,
                 "group": c.meta.group_id,
                 "i": c.meta.sample_index,
                 "prompt": prompts[c.meta.group_id].text,
                 "gold": prompts[c.meta.group_id].gold,
                 "verdict": c.grading.verdict,
                 "reward": c.grading.reward,
+                "parts": c.grading.parts,
                 "reason": c.grading.reason,
+                "detail": c.grading.detail,
             }
             for c in completions
         ]
-        if rows:
-            await self._parts.payloads.log_texts(
-                self._run_dir / "samples.jsonl", rows, [completion.payload for completion in completions]
-            )
+        if not rows:
+            return
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await self._parts.payloads.log_texts(
+                    self._run_dir / "samples.jsonl", rows, [completion.payload for completion in completions]
+                )
+        except (TimeoutError, OSError, RayError) as error:  # texts are for people: the step was trained without them
+            self._journal.event("condition", condition="SamplesNotKept", reason=str(error) or "nothing within 30 s")
 
     async def _checkpoint_if_due(self) -> None:
         every = self._spec.checkpoint.every
@@ -326,13 +365,14 @@ class Driver:
         if not last and (every == 0 or self._step % every):
             return
         with self._phase("checkpoint"):
-            async with self._bounded("the checkpoint", self._spec.deadlines.checkpoint_s):
+            async with self._bounded("the checkpoint", self._spec.deadlines.checkpoint_s + GRACE_S):
                 folder = await self._checkpoints.write(self._step, self._fill_checkpoint)
         self._journal.event("checkpoint", step=self._step, name=folder.name)
         await self._journal.sync()
 
     async def _fill_checkpoint(self, folder: Path) -> None:
         """The cut after a publish: what the run needs to go on from here as if nothing had happened."""
+        self._stop_if_superseded()
         await self._parts.learner.save(folder / "learner")
         state = DriverState(
             step=self._step,
@@ -340,6 +380,8 @@ class Driver:
             prompts=self._prompts.state(),
             data_fingerprint=self._prompts.fingerprint,
             before=self._before,
+            spec_hash=spec_hash(self._spec),
+            updates=self._updates,
             seconds=dict(self._seconds),
             journal_bytes=await self._journal.sync(),
         )
@@ -366,6 +408,7 @@ class Driver:
                     sampled=sampled,
                 )
         self._journal.event("evaluation", **evaluation.as_dict())
+        self._evaluation_metrics = evaluation.metrics()
         return evaluation
 
     # --- waits -----------------------------------------------------------------------------------------------------
@@ -394,3 +437,15 @@ class Driver:
                 f"waited {seconds:g} s for {what} at step {self._step}; groups under way: {waiting or 'none'}; "
                 "see deadlines in the job"
             ) from error
+
+
+def _count(drops: Counter[DropReason]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in drops.items())
+
+
+def _last_detail(group: GradedGroup) -> str:
+    """Why the last completion of a group has no verdict, in the verifier's words."""
+    if not group.completions:
+        return f"group {group.prompt.id} has no completions"
+    grading = group.completions[-1].grading
+    return f"{grading.reason} {grading.detail}".strip() or "no reason given"

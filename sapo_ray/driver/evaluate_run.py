@@ -15,7 +15,7 @@ from sapo_ray.driver.collector import Collector
 from sapo_ray.driver.evaluation import Evaluation, evaluate
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.journal import Journal
-from sapo_ray.driver.run import folder_bytes
+from sapo_ray.driver.run import published_bytes
 from sapo_ray.errors import ConfigError
 from sapo_ray.models.publish import publish_folder
 from sapo_ray.rollout.pool import RolloutPool
@@ -39,7 +39,7 @@ def evaluate_model(spec: JobSpec, work_dir: Path) -> dict[str, Any]:
 async def _evaluate(spec: JobSpec, inputs: Inputs, work_dir: Path) -> Evaluation:
     journal = Journal(work_dir / "journal.jsonl", attempt=1)
     version = PolicyVersion(1, 0)
-    with ray_for(spec, folder_bytes(inputs.model_path), work_dir / "logs"):
+    with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), work_dir / "logs"):
         rollouts, verifiers = RolloutPool(spec, str(inputs.model_path)), VerifierPool(spec.verifier)
         try:
             await asyncio.gather(rollouts.start(), verifiers.start())

@@ -8,6 +8,7 @@ from math import sqrt
 from typing import Any
 
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver.batch import UNVERIFIABLE
 from sapo_ray.driver.collector import Collector, GradedGroup
 from sapo_ray.types import Prompt, Verdict
 
@@ -44,6 +45,17 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def metrics(self) -> dict[str, float]:
+        """`evaluation/greedy`, `_low`, `_high`, the same for sampled, and the means of each source."""
+        named = {"greedy": self.greedy} | ({} if self.sampled is None else {"sampled": self.sampled})
+        values: dict[str, float] = {}
+        for kind, one in named.items():
+            values |= {f"evaluation/{kind}": one.mean}
+            values |= {f"evaluation/{kind}_low": one.low, f"evaluation/{kind}_high": one.high}
+        for source, kinds in self.by_source.items():
+            values |= {f"evaluation/{source}/{kind}": one.mean for kind, one in kinds.items()}
+        return values
+
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """95% interval of a proportion (Wilson, 1927)."""
@@ -59,7 +71,8 @@ def accuracy(verdicts: list[list[Verdict]]) -> Accuracy:
     """Accuracy over prompts, each with the verdicts of its completions.
 
     One completion per prompt: Wilson's interval. Several: completions of one prompt are not independent, so the
-    interval is that of the mean over prompts of each prompt's own accuracy (normal approximation).
+    interval is that of the mean over prompts of each prompt's own accuracy (normal approximation; Wilson's over the
+    prompts where all agree and a variance of 0 would say nothing).
     """
     decided = [[v for v in group if v is not Verdict.ERROR] for group in verdicts]
     rates = [sum(v is Verdict.CORRECT for v in group) / len(group) for group in decided if group]
@@ -67,10 +80,11 @@ def accuracy(verdicts: list[list[Verdict]]) -> Accuracy:
     errors = sum(len(group) for group in verdicts) - completions
     n = len(rates)
     mean = sum(rates) / n if n else 0.0
-    if completions == n or n < 2:
+    variance = sum((rate - mean) ** 2 for rate in rates) / (n - 1) if n > 1 else 0.0
+    if completions == n or variance == 0:
         low, high = wilson(round(sum(rates)), n)
     else:
-        half = Z95 * sqrt(sum((rate - mean) ** 2 for rate in rates) / (n - 1) / n)
+        half = Z95 * sqrt(variance / n)
         low, high = max(0.0, mean - half), min(1.0, mean + half)
     return Accuracy(mean=mean, low=low, high=high, prompts=n, completions=completions, errors=errors)
 
@@ -132,4 +146,8 @@ def read_evaluation(values: dict[str, Any]) -> Evaluation:
 def _verdicts(group: GradedGroup, samples: int) -> list[Verdict]:
     if group.failed is not None:
         return [Verdict.ERROR] * samples
-    return [completion.grading.verdict for completion in group.completions]
+    # An answer that cannot be graded for a reason of its own was not a right one: leaving it out would flatter.
+    return [
+        Verdict.WRONG if completion.grading.reason in UNVERIFIABLE else completion.grading.verdict
+        for completion in group.completions
+    ]

@@ -1,4 +1,4 @@
-"""The journal of a run: what happened, in order, durable before anybody is told.
+"""The journal of a run: what happened, in order, durable before anything that depends on it is visible.
 
 `journal.jsonl` holds two streams in one file. The *ledger* follows every prompt and completion (`issued`, `graded`,
 `dropped`, `consumed`, `rollback`, `checkpoint`). *Events* are for people and for the control plane (`transition`,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sapo_ray.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -45,7 +48,11 @@ class Journal:
         record = {"time": time.time(), "attempt": self._attempt, "seq": self._seq, "kind": kind, **fields}
         self._append(record)
         if self._listener is not None:
-            self._listener(record)
+            try:
+                self._listener(record)
+            except Exception:  # whoever looks on must not end the run
+                log.exception("the listener failed at event %s; it is not told of further events", kind)
+                self._listener = None
 
     def _append(self, record: dict[str, Any]) -> None:
         self._unsynced.append(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))

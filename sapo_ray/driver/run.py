@@ -12,13 +12,17 @@ import signal
 import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from safetensors import safe_open
 
 from sapo_ray.algorithms.settings import advice, resolve
+from sapo_ray.config.architecture import find_architecture
+from sapo_ray.config.estimate import estimate
 from sapo_ray.config.load import resume_job
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.checkpoint import Checkpoints, write_text
@@ -29,7 +33,7 @@ from sapo_ray.driver.journal import Journal, Listener
 from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import open_trackers
-from sapo_ray.errors import ConfigError
+from sapo_ray.errors import ConfigError, DeadlineExceeded
 from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
@@ -69,13 +73,15 @@ def _journalled(spec: JobSpec, run_dir: Path, listener: Listener | None, changes
     journal = Journal(run_dir / "journal.jsonl", attempt, listener)
     result: dict[str, Any] = {"name": spec.name, "run_dir": str(run_dir), "attempt": attempt, "seed": spec.seed}
     result |= {"versions": package_versions(), "machine": machine()}
+    write_text(run_dir / "result.json", json.dumps(result | {"status": "running"}, indent=1) + "\n")
     try:
         journal.event("transition", state="starting", run_dir=str(run_dir), changes=list(changes))
         journal.sync_now()
         checkpoints = Checkpoints(
             run_dir / "checkpoints", keep=spec.checkpoint.keep, min_free_gb=spec.checkpoint.min_free_gb
         )
-        checkpoints.check_space()
+        architecture = find_architecture(spec.model)
+        checkpoints.check_space(0 if architecture is None else estimate(spec, architecture).checkpoint)
         checkpoint = checkpoints.newest()
         for warning in advice(spec):
             journal.event("condition", condition="Advice", reason=warning)
@@ -96,8 +102,10 @@ def _journalled(spec: JobSpec, run_dir: Path, listener: Listener | None, changes
         journal.event("transition", state=state, reason=reason)
         raise
     finally:
-        journal.close()
-        write_text(run_dir / "result.json", json.dumps(result, indent=1) + "\n")
+        try:
+            write_text(run_dir / "result.json", json.dumps(result, indent=1) + "\n")
+        finally:
+            journal.close()
     return result
 
 
@@ -113,7 +121,7 @@ async def _run(
     """Start the pools, drive them, export; end everything whatever happens."""
     journal.event("phase", phase="start")
     began = time.monotonic()
-    with ray_for(spec, folder_bytes(inputs.model_path), run_dir / "logs"):
+    with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), run_dir / "logs"):
         rollouts = RolloutPool(spec, str(inputs.model_path))
         learner = LearnerGroup(spec, str(inputs.model_path))
         parts = Parts(
@@ -149,31 +157,50 @@ async def _run(
                 outcome = await driver.run(checkpoint)
             finally:
                 forwarding.cancel()
+                while not rollouts.events.empty():  # the last loss of a worker may be what explains a failure
+                    _worker_event(rollouts.events.get_nowait(), journal)
             outcome.seconds.update({"model": inputs.seconds, "start": started})
-            await _export(outcome, learner, inputs.model_path, run_dir / "export", journal)
+            await _export(outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s)
             return outcome
         finally:
             for tracker in trackers:
                 tracker.close()
-            await asyncio.gather(
+            closed = await asyncio.gather(
                 parts.rollouts.close(), parts.verifiers.close(), parts.learner.close(), return_exceptions=True
             )
+            for error in closed:
+                if error is not None:
+                    journal.event("condition", condition="CloseFailed", reason=repr(error))
 
 
 async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> None:
     """What happens to workers belongs in the journal too."""
     while True:
-        journal.event("worker", **{("what" if key == "kind" else key): v for key, v in (await events.get()).items()})
+        _worker_event(await events.get(), journal)
 
 
-async def _export(outcome: Outcome, learner: LearnerGroup, model_path: Path, folder: Path, journal: Journal) -> None:
+def _worker_event(event: dict[str, Any], journal: Journal) -> None:
+    journal.event("worker", **{("what" if key == "kind" else key): value for key, value in event.items()})
+
+
+async def _export(
+    outcome: Outcome, learner: LearnerGroup, model_path: Path, folder: Path, journal: Journal, limit_s: float
+) -> None:
     """Write the trained model from the published buffer; only after a native push is the learner asked for one."""
     began = time.monotonic()
     journal.event("phase", phase="export")
     published = outcome.published
     if not published.buckets:
         published = await learner.publish(published.manifest.version)
-    await ray.remote(num_cpus=0)(export_hf).remote(published.manifest, str(model_path), str(folder), *published.buckets)
+    export = ray.remote(num_cpus=0)(export_hf)
+    try:
+        async with asyncio.timeout(limit_s):
+            await export.remote(published.manifest, str(model_path), str(folder), *published.buckets)
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"the export was not written within deadlines.checkpoint_s ({limit_s:g} s); "
+            "raise it and `sapo-ray resume` the run"
+        ) from error
     outcome.seconds["export"] = time.monotonic() - began
 
 
@@ -212,9 +239,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def folder_bytes(folder: Path) -> int:
-    """Size of the weight files of a model folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def published_bytes(folder: Path, dtype: str) -> int:
+    """Size of a model folder's weights in the dtype in which they are published."""
+    elements = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            elements += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return elements * {"float32": 4, "bfloat16": 2}[dtype]
 
 
 def _finished_steps(run_dir: Path) -> int | None:

@@ -34,21 +34,33 @@ class DriverState:
     prompts: dict[str, Any]
     """State of the prompt source."""
     data_fingerprint: str
+    spec_hash: str
+    """Of what a resume may not change."""
     before: Evaluation | None
+    updates: int
+    """Optimizer updates made, skipped ones left out."""
     seconds: dict[str, float]
     journal_bytes: int
+    """Length of the journal at the cut, for whoever audits a run."""
+    name: str = ""
+    """Of the checkpoint it was read from."""
 
     @classmethod
-    def read(cls, folder: Path, data_fingerprint: str) -> DriverState:
-        """Read back; raise CheckpointError if the data set is not the one the run began with."""
+    def read(cls, folder: Path, data_fingerprint: str, spec_hash: str) -> DriverState:
+        """Read back; raise CheckpointError if data or settings are not those that the run began with."""
         values = json.loads((folder / "driver.json").read_text())["state"]
         if values["data_fingerprint"] != data_fingerprint:
             raise CheckpointError(
                 f"the training data changed since this run began: its fingerprint was {values['data_fingerprint']}, "
                 f"now it is {data_fingerprint}; restore the files, or start a new job from the exported model"
             )
+        if values["spec_hash"] != spec_hash:
+            raise CheckpointError(
+                f"the job in spec.json is not the one that wrote {folder.name}: its fingerprint was "
+                f"{values['spec_hash']}, now it is {spec_hash}; restore spec.json, or start a new job"
+            )
         before = None if values["before"] is None else read_evaluation(values["before"])
-        return cls(**{**values, "version": PolicyVersion(*values["version"]), "before": before})
+        return cls(**{**values, "version": PolicyVersion(*values["version"]), "before": before, "name": folder.name})
 
 
 async def save_state(state: DriverState, folder: Path, window: Window, payloads: Payloads) -> None:

@@ -29,13 +29,6 @@ class Place:
     """How weights reach workers that are up."""
 
 
-def transport_of(spec: JobSpec, gpu: bool) -> Literal["shared_memory", "nccl", "ipc"]:
-    """What learner.transport means where learners and workers own GPUs (they do together or not at all)."""
-    if spec.learner.transport != "auto":
-        return spec.learner.transport
-    return "nccl" if gpu else "shared_memory"
-
-
 def check_settings(spec: JobSpec, place: Place) -> None:
     """Refuse combinations that have no meaning here."""
     learner = spec.learner

@@ -28,7 +28,7 @@ from sapo_ray.algorithms.diagnostics import TokenStats
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError, WorkerLost
 from sapo_ray.learner.batching import plan_step
-from sapo_ray.learner.engine import Place, transport_of
+from sapo_ray.learner.engine import Place
 from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport, step_report
 from sapo_ray.learner.worker import LearnerWorker
 from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
@@ -64,7 +64,7 @@ class LearnerGroup:
         await self._place(gpu, end)
         count = self.spec.learner.ranks
         for rank in range(count):
-            place = Place(rank=rank, ranks=count, gpu=gpu, transport=transport_of(self.spec, gpu))
+            place = Place(rank=rank, ranks=count, gpu=gpu, transport=self.spec.transport)
             options = self._options(rank, gpu)
             self._actors.append(ray.remote(LearnerWorker).options(**options).remote(self.spec, self.model_path, place))
         name = "learner start (deadlines.start_s)"

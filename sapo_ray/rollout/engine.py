@@ -23,19 +23,12 @@ CPU_ENVIRONMENT = {
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def transport_of(spec: JobSpec, gpus: bool) -> str:
-    """`shared_memory`, `nccl` or `ipc`: what `learner.transport: auto` means here."""
-    if spec.learner.transport != "auto":
-        return spec.learner.transport
-    return "nccl" if gpus else "shared_memory"
-
-
 def actor_environment(spec: JobSpec, gpus: bool) -> dict[str, str]:
     """Environment of a rollout actor, which its engine's processes inherit."""
     environment = dict(ENVIRONMENT)
     if not gpus:
         environment |= CPU_ENVIRONMENT
-    if transport_of(spec, gpus) == "ipc":
+    if spec.transport == "ipc":
         # CUDA IPC handles reach the engine's process pickled; they come from this job's own learner.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return environment
@@ -70,7 +63,7 @@ def engine_arguments(spec: JobSpec, model_path: str) -> dict[str, Any]:
         "seed": 0,
         "disable_log_stats": True,
         "worker_extension_cls": "sapo_ray.rollout.weight_engine.Attestation",
-        "weight_transfer_config": {"backend": f"sapo_{transport_of(spec, gpus)}"},
+        "weight_transfer_config": {"backend": f"sapo_{spec.transport}"},
     }
     if gpus:
         arguments |= {

@@ -55,7 +55,9 @@ class WorkerInfo:
 
 def ray_remote_args(spec: JobSpec, gpus: bool) -> dict[str, Any]:
     """Options of a rollout actor: GPUs by `rollout.tensor_parallel` where the cluster has any, else one logical CPU."""
-    resources = {"num_gpus": spec.rollout.tensor_parallel} if gpus else {"num_cpus": 1}
+    # With ipc a learner rank has the other half of the GPU.
+    share = 0.5 if spec.transport == "ipc" else spec.rollout.tensor_parallel
+    resources = {"num_gpus": share} if gpus else {"num_cpus": 1}
     return resources | {
         "max_concurrency": _CONCURRENT_CALLS,
         "max_restarts": 0,

@@ -82,10 +82,10 @@ class Probe(LearnerWorker):
     def refused_settings(self, spec: JobSpec) -> str:
         """What check_settings says of another job in this rank's place."""
         from sapo_ray.errors import ConfigError
-        from sapo_ray.learner.engine import check_settings, transport_of
+        from sapo_ray.learner.engine import check_settings
 
         try:
-            check_settings(spec, dataclasses.replace(self.place, transport=transport_of(spec, self.place.gpu)))
+            check_settings(spec, dataclasses.replace(self.place, transport=spec.transport))
         except ConfigError as error:
             return str(error)
         return ""

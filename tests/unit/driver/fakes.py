@@ -88,6 +88,8 @@ class FakeRollouts:
     learner: Any = None
     slowness: float = 0.003
     """Longest time of one completion, seconds."""
+    under_way: int = 0
+    most_under_way: int = 0
     overlap: int = 0
     """Completions finished while the learner was training."""
 
@@ -106,6 +108,15 @@ class FakeRollouts:
         self.requests.append(request)
         assert self.version is not None, "generated before any weights were taken over"
         version = self.version
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            async for completion in self._sample(request, version):
+                yield completion
+        finally:
+            self.under_way -= 1
+
+    async def _sample(self, request: Any, version: PolicyVersion) -> AsyncIterator[tuple[CompletionMeta, Any]]:
         deaths = self.die.get(request.group_id)
         survive = deaths.pop(0) if deaths else None
         for delivered, sample in enumerate(request.samples):
@@ -173,6 +184,8 @@ class FakeLearner:
     fail_at: int | None = None
     seconds: float = 0.0
     number: int = 0
+    dropped: tuple[tuple[str, int], ...] = ()
+    updates: int = 1
 
     async def start(self) -> None: ...
 
@@ -188,7 +201,7 @@ class FakeLearner:
         self.busy = False
         self.ages += [self.number - min(span.version.number for span in sample.spans) for sample in samples]
         self.trained.append([(s.group_id, s.sample_index, s.advantage) for s in samples])
-        return SimpleNamespace(metrics={"loss": float(len(samples))}, updates=1, dropped=())
+        return SimpleNamespace(metrics={"loss": float(len(samples))}, updates=self.updates, dropped=self.dropped)
 
     async def publish(self, version: PolicyVersion, receivers: list[Any]) -> Published:
         self.number = version.number

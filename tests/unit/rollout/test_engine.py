@@ -13,7 +13,6 @@ from sapo_ray.rollout.engine import (
     engine_arguments,
     expected_parameters,
     longest_sequence,
-    transport_of,
 )
 from sapo_ray.rollout.remote import ray_remote_args
 
@@ -51,14 +50,13 @@ def test_the_expected_weights_are_those_of_the_models_definition(model: str) -> 
     assert "lm_head.weight" not in expected  # tied
 
 
-@pytest.mark.parametrize(
-    ("asked", "gpus", "transport"),
-    [("auto", True, "nccl"), ("auto", False, "shared_memory"), ("ipc", True, "ipc"), ("shared_memory", True, None)],
-)
-def test_the_transport_follows_the_hardware_unless_the_job_names_one(
-    asked: str, gpus: bool, transport: str | None
-) -> None:
-    assert transport_of(job(learner={"transport": asked}), gpus) == (transport or asked)
+@pytest.mark.parametrize(("asked", "transport"), [("auto", "shared_memory"), ("nccl", "nccl"), ("ipc", "ipc")])
+def test_auto_is_the_transport_that_was_tested(asked: str, transport: str) -> None:
+    assert job(learner={"transport": asked}).transport == transport
+
+
+def test_with_ipc_worker_and_learner_share_a_gpu() -> None:
+    assert ray_remote_args(job(learner={"transport": "ipc"}), True)["num_gpus"] == 0.5
 
 
 def test_an_actor_asks_for_gpus_where_there_are_any() -> None:
