@@ -1,11 +1,12 @@
 """The verifier pool: actors that each own grading processes, and the dispatch to them.
 
     driver --grade(prompt, gold, refs)--> least loaded actor --> gradings
-                                            | died, or silent beyond the bound of the call
+                                            | died, silent when asked every WATCH_S, or beyond the bound of the call
                                             '-> ended, replaced in the background; the call is repeated once elsewhere
 
 Who waits for whom: a call waits for a living actor at most REPLACEMENT_S, and for its answer at most as long as
-everything that its actor holds can take if every item runs into two deadlines. After two failures, or with no actor,
+everything that its actor holds can take if every item runs into two deadlines, and only while the actor answers the
+watch, which finds a silent one within WATCH_S + SILENT_S. After two failures, or with no actor,
 its gradings are `error (verifier_unavailable)`: never a hang, and never held against the completion.
 """
 
@@ -15,9 +16,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -26,16 +27,21 @@ from sapo_ray.config.spec import VerifierSpec
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerLost
 from sapo_ray.types import Grading, Verdict
 from sapo_ray.verifier import child
+from sapo_ray.verifier.calls import answered, bounded, unless
 from sapo_ray.verifier.worker import VerifierWorker, VerifierWorkerInfo
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 START_S = child.START_S + 60.0
 """Bound of an actor's start: its process, then its grading processes."""
-REPLACEMENT_S = 60.0
-"""Longest wait of a call for a living actor."""
+REPLACEMENT_S = START_S + 10.0
+"""Longest wait of a call for a living actor: long enough for one that was lost a moment ago to be replaced."""
+WATCH_S = 10.0
+"""Pause between two questions to an actor whether it still answers."""
+SILENT_S = 30.0
+"""An actor that has not answered within this is lost: its process is stopped, or its loop is blocked."""
+CALLS = 10_000
+"""Calls that an actor takes at once; Ray's own limit of 1,000 would let the watch wait behind gradings."""
 INFO_S = 5.0
 """Bound of one actor's report in stats()."""
 BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -76,6 +82,8 @@ class _Worker:
         self.name = name
         self.actor: Any = None
         self.in_flight = 0
+        self.lost = asyncio.Event()
+        """Set when `actor` is given up, so that the calls it holds do not wait for it."""
 
 
 class VerifierPool:
@@ -86,6 +94,7 @@ class VerifierPool:
         self._workers = [_Worker(f"verifier-{number}") for number in range(spec.workers)]
         self._actor_class = ray.remote(VerifierWorker)
         self._replacements: set[asyncio.Task[None]] = set()
+        self._watches: set[asyncio.Task[None]] = set()
         self._a_worker_is_back = asyncio.Event()
         self._workers_lost = 0
         self._unavailable = 0
@@ -135,7 +144,7 @@ class VerifierPool:
         live = [worker for worker in self._workers if worker.actor is not None]
         actors = [worker.actor for worker in live]
         infos = await asyncio.gather(
-            *[_bounded(worker.actor.info.remote(), INFO_S, f"{worker.name}: its report") for worker in live],
+            *[bounded(worker.actor.info.remote(), INFO_S, f"{worker.name}: its report") for worker in live],
             return_exceptions=True,
         )
         for worker, actor, info in zip(live, actors, infos, strict=True):
@@ -153,11 +162,12 @@ class VerifierPool:
     async def close(self) -> None:
         """Ends the actors; their grading processes end with them. Bounded by child.REAP_S."""
         self._closed = True
-        for task in self._replacements:
+        tasks = [*self._replacements, *self._watches]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._replacements, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         live = [worker for worker in self._workers if worker.actor is not None]
-        endings = [_bounded(worker.actor.close.remote(), child.REAP_S, f"{worker.name}: its end") for worker in live]
+        endings = [bounded(worker.actor.close.remote(), child.REAP_S, f"{worker.name}: its end") for worker in live]
         await asyncio.gather(*endings, return_exceptions=True)
         for worker in live:
             ray.kill(worker.actor)
@@ -185,11 +195,11 @@ class VerifierPool:
         self, worker: _Worker, prompt: str, gold: str, refs: Sequence[ray.ObjectRef[Any]]
     ) -> list[Grading] | None:
         """None when the actor failed; it is being replaced then."""
-        actor = worker.actor
+        actor, lost = worker.actor, worker.lost
         worker.in_flight += len(refs)
         try:
-            call = actor.grade.remote(prompt, gold, *refs)
-            gradings: list[Grading] = await _bounded(call, self._bound(worker), f"{worker.name}: {len(refs)} gradings")
+            call = unless(lost, actor.grade.remote(prompt, gold, *refs), worker.name)
+            gradings: list[Grading] = await bounded(call, self._bound(worker), f"{worker.name}: {len(refs)} gradings")
         except (RayActorError, DeadlineExceeded, WorkerLost) as error:
             self._lose(worker, actor, error)
             return None
@@ -206,16 +216,29 @@ class VerifierPool:
 
     async def _start_actor(self, worker: _Worker) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        actor = self._actor_class.options(num_cpus=0, max_restarts=0, runtime_env={"env_vars": threads}).remote(
-            self._spec, worker.name
-        )
+        options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": CALLS, "runtime_env": {"env_vars": threads}}
+        actor = self._actor_class.options(**options).remote(self._spec, worker.name)
         try:
-            await _bounded(actor.start.remote(), START_S, f"{worker.name}: its start")
+            await bounded(actor.start.remote(), START_S, f"{worker.name}: its start")
         except BaseException:
             ray.kill(actor)
             raise
-        worker.actor = actor
+        worker.actor, worker.lost = actor, asyncio.Event()
         self._a_worker_is_back.set()
+        watch = asyncio.create_task(self._watch(worker, actor), name=f"watch {worker.name}")
+        self._watches.add(watch)
+        watch.add_done_callback(self._watch_ended)
+
+    async def _watch(self, worker: _Worker, actor: Any) -> None:
+        """Until the actor is lost: no call need be under way for its silence to be noticed."""
+        while worker.actor is actor:
+            await asyncio.sleep(WATCH_S)
+            if worker.actor is not actor:
+                return
+            try:
+                await answered(actor.info.remote(), SILENT_S, f"{worker.name}: a sign of life")
+            except (RayActorError, RayTaskError, SapoRayError) as error:
+                self._lose(worker, actor, error)
 
     def _lose(self, worker: _Worker, actor: Any, error: Exception) -> None:
         """Ends the actor and starts another in its place; of several calls that saw it fail, the first does this."""
@@ -225,6 +248,7 @@ class VerifierPool:
         self._last_failure = f"{worker.name}: {type(error).__name__}: {error}".strip()
         log.warning("verifier actor lost: %s", self._last_failure.splitlines()[0])
         worker.actor = None
+        worker.lost.set()
         ray.kill(actor)
         task = asyncio.create_task(self._replace(worker), name=f"replace {worker.name}")
         self._replacements.add(task)
@@ -245,27 +269,13 @@ class VerifierPool:
 
     def _replacement_ended(self, task: asyncio.Task[None]) -> None:
         self._replacements.discard(task)
+        self._report_failure(task)
+
+    def _watch_ended(self, task: asyncio.Task[None]) -> None:
+        self._watches.discard(task)
+        self._report_failure(task)
+
+    def _report_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._last_failure = f"{task.get_name()}: {type(error).__name__}: {error}"
             log.error("%s failed", task.get_name(), exc_info=error)
-
-
-async def _bounded(call: Awaitable[T], seconds: float, what: str) -> T:
-    """The result of an actor call.
-
-    Raises:
-        DeadlineExceeded: none within the time.
-        SapoRayError: what the actor raised, as itself rather than wrapped by Ray.
-    """
-    try:
-        return await asyncio.wait_for(_awaited(call), seconds)
-    except RayTaskError as error:  # first: it is an instance of what the actor raised as well
-        if isinstance(error.cause, SapoRayError):
-            raise error.cause from None
-        raise
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"{what} did not come within {seconds:.0f} s") from error
-
-
-async def _awaited(call: Awaitable[T]) -> T:
-    return await call
