@@ -15,8 +15,9 @@ WINDOW = 16
 """Most items that one process is sent ahead."""
 POISON_GOLDS = 1024
 """Most references remembered because they ended processes; a group shares one."""
-NOT_THE_COMPLETION = frozenset(["gold_unparseable", "verifier_unavailable"])
-"""Errors that `verifier.unverifiable` does not apply to."""
+THE_COMPLETION = frozenset(["timeout", "too_long"])
+"""Reasons in an answer of the child that `verifier.unverifiable` applies to. A reward function's exception, and what it
+returned instead of a number, are its own fault: a defect there must never become reward 0 for everybody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,13 +114,14 @@ class JobQueue:
         if self._pending:
             self.not_empty.set()
 
-    def settle(self, job: Job, result: Grading | bool) -> None:
-        """The job has its result."""
+    def settle(self, job: Job, result: Grading | bool, *, process_died: bool = False) -> None:
+        """The job has its result. `process_died`: its process ended over it, which is the completion's doing too."""
         if isinstance(result, Grading):
             self.stats.graded += 1
             if result.verdict is Verdict.ERROR:
                 self.stats.errors[result.reason] += 1
-                if self._spec.unverifiable == "wrong" and result.reason not in NOT_THE_COMPLETION:
+                its_own = result.reason in THE_COMPLETION or (process_died and result.reason == "crash")
+                if self._spec.unverifiable == "wrong" and its_own:
                     result = replace(result, verdict=Verdict.WRONG, reward=0.0)
         if not job.future.done():
             job.future.set_result(result)
@@ -134,7 +136,7 @@ class JobQueue:
             if len(self._poison_golds) < POISON_GOLDS:
                 self._poison_golds.add(job.item.gold)
         grading = Grading(verdict=Verdict.ERROR, reward=None, reason=reason, detail=detail[:500], seconds=seconds)
-        self.settle(job, grading)
+        self.settle(job, grading, process_died=reason == "crash")
 
     def give_up_all(self, reason: str, detail: str) -> None:
         while self._pending:

@@ -132,19 +132,22 @@ async def test_an_exception_that_keeps_coming_back_is_soon_believed_without_a_fr
     assert 3 <= stats.retired <= 16
 
 
-async def test_unverifiable_wrong_punishes_the_completion_and_keeps_the_reason(misbehaving: str) -> None:
+async def test_unverifiable_wrong_punishes_the_completion_but_never_for_a_defect_of_the_reward_function(
+    misbehaving: str,
+) -> None:
     async with supervised(unverifiable="wrong", reward=misbehaving) as processes:
-        gradings = await processes.grade_many(said("exit", "sleep", "raise x", "nan", "5"))
+        gradings = await processes.grade_many(said("exit", "sleep", "raise x", "nan", "text", "5"))
         stats = processes.stats()
     assert verdicts(gradings) == [
         ("wrong", "crash"),
         ("wrong", "timeout"),
-        ("wrong", "crash"),
-        ("wrong", "reward_not_finite"),
+        ("error", "crash"),
+        ("error", "reward_not_finite"),
+        ("error", "reward_type"),
         ("correct", "reward"),
     ]
-    assert [grading.reward for grading in gradings] == [0.0, 0.0, 0.0, 0.0, 1.0]
-    assert stats.errors == {"crash": 2, "timeout": 1, "reward_not_finite": 1}
+    assert [grading.reward for grading in gradings] == [0.0, 0.0, None, None, None, 1.0]
+    assert stats.errors == {"crash": 2, "timeout": 1, "reward_not_finite": 1, "reward_type": 1}
 
 
 async def test_unverifiable_wrong_never_blames_a_completion_for_its_reference() -> None:
