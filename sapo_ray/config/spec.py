@@ -218,6 +218,15 @@ class VerifierSpec(Section):
     memory_mb: Count = 2048
     """Address space of one grading process."""
 
+    @model_validator(mode="after")
+    def _reward_names_a_function(self) -> VerifierSpec:
+        if self.reward is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", self.reward):
+            raise ValueError(
+                f"verifier.reward must be `module:function`, got {self.reward!r}; "
+                "for def score(...) in rewards/math.py write rewards.math:score"
+            )
+        return self
+
 
 class LearnerSpec(Section):
     """Optimization by DeepSpeed."""

@@ -14,7 +14,7 @@ from sapo_ray.errors import DataError
 from sapo_ray.models.prepare import prepare_model
 from sapo_ray.models.tokenizer import load_tokenizer
 from sapo_ray.types import Prompt
-from sapo_ray.verifier.golds import check_gold
+from sapo_ray.verifier.golds import check_gold, check_reward
 
 CANARY_SEQUENCES = 4
 CANARY_TOKENS = 256
@@ -65,7 +65,15 @@ def prepare_inputs(
 
 
 def check_references(spec: JobSpec) -> None:
-    """Raise DataError if a reference answer of any source cannot be graded against."""
+    """What answers are graded with works.
+
+    Raises:
+        ConfigError: `verifier.reward` cannot be used.
+        DataError: a reference answer of any source cannot be graded against.
+    """
+    if spec.verifier.reward is not None:
+        check_reward(spec.verifier)
+        return  # it reads references by itself
     for source in [*spec.data.train, *spec.evaluation.data]:
         if source.path.startswith("builtin:"):
             continue  # made by rule; their tests check them

@@ -1,4 +1,4 @@
-"""References that cannot be graded against, found before a job starts."""
+"""References that cannot be graded against, and reward functions that cannot be used: found before a job starts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from sapo_ray.config.spec import VerifierSpec
+from sapo_ray.verifier.child import GradingProcess
 from sapo_ray.verifier.supervisor import GradingProcesses
 
 
@@ -29,3 +30,17 @@ async def find_unusable_golds(answers: Sequence[str], spec: VerifierSpec) -> lis
 def check_gold(answers: Sequence[str], spec: VerifierSpec | None = None) -> list[int]:
     """`find_unusable_golds` for callers without an event loop."""
     return asyncio.run(find_unusable_golds(answers, spec or VerifierSpec()))
+
+
+def check_reward(spec: VerifierSpec) -> None:
+    """Start and end one grading process, in which `verifier.reward` is imported, away from this process.
+
+    Raises as GradingProcess.launch: ConfigError where there is no such module or function, or it cannot be called.
+    """
+
+    async def start_and_end() -> None:
+        process = await GradingProcess.launch(spec)
+        process.kill()
+        await process.reap()
+
+    asyncio.run(start_and_end())

@@ -63,9 +63,7 @@ def load_reward(path: str) -> RewardFunction:
     Raises:
         ConfigError: no such module or function, or it does not take completion=, gold= and prompt=.
     """
-    module_name, colon, function_name = path.partition(":")
-    if not (module_name and colon and function_name):
-        raise ConfigError(f"verifier.reward must be `module:function`, got {path!r}")
+    module_name, _, function_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except MemoryError:

@@ -195,7 +195,6 @@ def test_a_reward_function_is_taken_at_its_word(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("misbehaving", "must be `module:function`"),
         ("no_such_module_here:f", "cannot import module 'no_such_module_here'"),
         ("broken_reward:f", "cannot import module 'broken_reward' .*no_such_module_here"),
         ("misbehaving:nothing", "has no function 'nothing'"),
