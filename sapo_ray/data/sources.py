@@ -100,7 +100,11 @@ def _records(spec: SourceSpec) -> Iterator[tuple[str, Record]]:
     if spec.path.startswith("builtin:"):
         return _builtin(spec)
     if spec.config is not None and path.exists():
-        raise ConfigError(f"config {spec.config!r} belongs to data sets on the Hub, {spec.path!r} is local; remove it")
+        raise ConfigError(
+            f"config {spec.config!r} belongs to data sets on the Hub, {spec.path!r} is local; remove it from the "
+            "job, or give --set data.train.0.config=null (0 is the source's place in the list; "
+            "evaluation.data.0.config=null in an evaluation)"
+        )
     if path.is_dir():
         return read_folder(path, spec.split, fields)
     if path.exists():
