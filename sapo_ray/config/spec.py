@@ -364,12 +364,34 @@ class JobSpec(Section):
             )
         if self.model.warm_start_accuracy is not None and self.model.path != "builtin:addition":
             problems.append(
-                f"model.warm_start_accuracy belongs to model.path: builtin:addition, got {self.model.path!r}; remove it"
+                f"model.warm_start_accuracy belongs to model.path: builtin:addition, got {self.model.path!r}; "
+                "set model.warm_start_accuracy: null"
             )
         if self.algorithm.overlong_buffer >= self.rollout.max_new_tokens:
             problems.append(
                 f"algorithm.overlong_buffer must be < rollout.max_new_tokens ({self.rollout.max_new_tokens}), "
                 f"got {self.algorithm.overlong_buffer}; shorten it, or 0 switches the penalty off"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _engines_can_do_it(self) -> JobSpec:
+        problems = []
+        if self.rollout_dtype == "float32" and self.model.dtype == "bfloat16":
+            problems.append(
+                "rollout.dtype float32 needs model.dtype float32, got bfloat16: published weights would be bfloat16 "
+                "values in wider words, and the canary could not hold; leave rollout.dtype out"
+            )
+        if self.learner.offload_optimizer and self.learner.zero_stage == 0:
+            problems.append(
+                "learner.offload_optimizer needs learner.zero_stage >= 1, got 0; set it to false, or zero_stage to 2"
+            )
+        if self.learner.transport == "ipc" and self.rollout.tensor_parallel > 1:
+            problems.append(
+                "learner.transport: ipc needs rollout.tensor_parallel 1, got "
+                f"{self.rollout.tensor_parallel}: a worker shares one GPU with one learner; use auto or nccl"
             )
         if problems:
             raise ValueError("\n".join(problems))

@@ -217,8 +217,23 @@ def test_settings_that_contradict_each_other_are_all_named():
     )
     assert "learner.mini_batches must be <= rollout.prompts_per_step (32), got 64; a mini-batch holds whole" in text
     assert "must be >= data.max_prompt_tokens + rollout.max_new_tokens = 44, got 8; one sample must fit" in text
-    assert "model.warm_start_accuracy belongs to model.path: builtin:addition, got 'foo'; remove it" in text
+    assert "belongs to model.path: builtin:addition, got 'foo'; set model.warm_start_accuracy: null" in text
     assert "algorithm.overlong_buffer must be < rollout.max_new_tokens (28), got 28; shorten it" in text
+
+
+def test_settings_that_no_engine_could_follow_are_all_named():
+    text = problems(
+        {"preset": "quickstart"},
+        "model.dtype=bfloat16",
+        "rollout.dtype=float32",
+        "learner.offload_optimizer=true",
+        "learner.zero_stage=0",
+        "learner.transport=ipc",
+        "rollout.tensor_parallel=2",
+    )
+    assert "rollout.dtype float32 needs model.dtype float32, got bfloat16" in text
+    assert "learner.offload_optimizer needs learner.zero_stage >= 1, got 0" in text
+    assert "learner.transport: ipc needs rollout.tensor_parallel 1, got 2" in text
 
 
 @pytest.mark.parametrize(
