@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from sapo_ray.config.spec import JobSpec, SourceSpec, VerifierSpec
 from sapo_ray.data.prompts import PromptSource, evaluation_prompts
 from sapo_ray.data.sources import load_rows
-from sapo_ray.errors import DataError
+from sapo_ray.errors import ConfigError, DataError
 from sapo_ray.models.prepare import prepare_model
 from sapo_ray.models.tokenizer import load_tokenizer
 from sapo_ray.types import Prompt
@@ -45,6 +47,7 @@ def prepare_inputs(
     began = time.monotonic()
     check_references(spec)
     model_path = prepare_model(spec.model, model_folder, spec.seed, on_warm_start)
+    check_positions(spec, model_path)
     tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
     prompts = PromptSource(spec.data, tokenizer, spec.seed)
     start = prompts.state()
@@ -62,6 +65,23 @@ def prepare_inputs(
         canary=canary,
         seconds=time.monotonic() - began,
     )
+
+
+def check_positions(spec: JobSpec, model_path: Path) -> None:
+    """Raise ConfigError if the longest prompt and completion the job allows do not fit into the model."""
+    config = AutoConfig.from_pretrained(
+        str(model_path), trust_remote_code=spec.model.trust_remote_code, local_files_only=True
+    )
+    bound = getattr(config.get_text_config(), "max_position_embeddings", None)
+    key, new = "rollout.max_new_tokens", spec.rollout.max_new_tokens
+    if (spec.evaluation.max_new_tokens or 0) > new:
+        key, new = "evaluation.max_new_tokens", spec.evaluation.max_new_tokens or 0
+    if bound is not None and spec.data.max_prompt_tokens + new > bound:
+        raise ConfigError(
+            f"data.max_prompt_tokens + {key} must be <= {bound}, the max_position_embeddings of {spec.model.path}, got "
+            f"{spec.data.max_prompt_tokens} + {new} = {spec.data.max_prompt_tokens + new}; lower either, or take a "
+            "model with more positions"
+        )
 
 
 def check_references(spec: JobSpec) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.inputs import check_references
+from sapo_ray.driver.inputs import check_positions, check_references
 from sapo_ray.errors import ConfigError
 
 
@@ -46,3 +46,17 @@ def test_a_reward_function_that_can_be_called_passes(tmp_path: Path, monkeypatch
 def test_a_reward_that_does_not_name_a_function_is_refused_with_the_form(reward: str) -> None:
     with pytest.raises(ValueError, match=r"verifier.reward must be `module:function`"):
         job(verifier={"reward": reward})
+
+
+def test_a_prompt_and_completion_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "max_position_embeddings": 1024}')
+    data, learner = {"max_prompt_tokens": 512}, {"tokens_per_micro_batch": 4096}
+    check_positions(job(data=data, learner=learner, rollout={"max_new_tokens": 512}), tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"data.max_prompt_tokens \+ rollout.max_new_tokens must be <= 1024.*512 \+ 513 = 1025"
+    ):
+        check_positions(job(data=data, learner=learner, rollout={"max_new_tokens": 513}), tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluation.max_new_tokens must be <= 1024.*512 \+ 600 = 1112"):
+        check_positions(
+            job(data=data, learner=learner, evaluation={"max_new_tokens": 600}, rollout={"max_new_tokens": 8}), tmp_path
+        )
