@@ -17,14 +17,16 @@ _HEAD = """\
 
 <!-- Written by `make docs` from sapo_ray/config/spec.py; edit there. -->
 
-A job is one YAML file. The smallest one is a line, `preset: quickstart`; `configs/` holds a few that run as they stand.
+A job is one YAML file. The smallest one is a line, `preset: quickstart`; `configs/` holds a few more.
+`sapo-ray validate JOB.yaml --show` prints a job with every key.
 
 - **Presets.** `preset: quickstart` puts values beneath yours: what the file says goes over them, section by section;
   a list replaces a list.
 - **Overrides.** `--set rollout.workers=4` goes over the file, any number of times. Values are YAML; text keys take
   the text as it stands. Lists by index: `--set data.train.0.path=mine.jsonl`.
-- **Checks.** Everything is checked before anything starts, and every problem is listed, with the key, its value, the
-  bound and the way out. Unknown keys are refused, keys given twice too. Numbers may be written `1e-6`.
+- **Checks.** Everything is checked before anything starts: every problem of single keys at once, then of keys that must
+  fit together; each with the key, its value, the bound and the way out. Unknown keys are
+  refused, keys given twice too. Numbers may be written `1e-6`.
 - **Resuming.** A resumed run may change {resumable}. Anything else needs a new job.
 
 A key without a default is required.
