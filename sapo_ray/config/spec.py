@@ -87,6 +87,8 @@ class DataSpec(Section):
     """Longest prompt in tokens."""
     overlong: Literal["error", "skip"] = "error"
     """A longer prompt is an error at the start, or is skipped and counted."""
+    unusable_gold: Literal["error", "skip"] = "error"
+    """A reference answer that does not parse is an error at the start, or its row is skipped and counted."""
     shuffle: bool = True
     """Seeded order that is new in every epoch; else file order."""
 

@@ -28,12 +28,17 @@ class PromptSource:
     for the fingerprint, and those that could be too long are tokenised, to know. Ids are not kept: they are made when
     a prompt is taken.
 
+    Args:
+        unusable_golds: for each source, rows to leave out because their reference cannot be graded against.
+
     Raises:
         DataError: a source is unusable, or a prompt is too long (see `data.overlong`).
         ConfigError: two sources have the same name.
     """
 
-    def __init__(self, spec: DataSpec, tokenizer: Any, seed: int) -> None:
+    def __init__(
+        self, spec: DataSpec, tokenizer: Any, seed: int, unusable_golds: Sequence[frozenset[int]] | None = None
+    ) -> None:
         self._spec = spec
         self._seed = seed
         self._template = PromptTemplate(spec, tokenizer)
@@ -46,9 +51,13 @@ class PromptSource:
         self._usable: list[np.ndarray] = []
         self.skipped = 0
         """Rows left out for their length."""
-        for source in spec.train:
+        self.skipped_golds = 0
+        """Rows left out for their reference answer."""
+        for source, unusable in zip(spec.train, unusable_golds or [frozenset()] * len(spec.train), strict=True):
             rows = load_rows(source)
-            survey = _Survey(rows, spec)
+            survey = _Survey(rows, spec, unusable)
+            if unusable:
+                digest.update(repr(sorted(unusable)).encode())
             for row, text, ids in _rendered(rows, self._template, short_enough=spec.max_prompt_tokens):
                 survey.see(row, ids)
                 for part in (text.encode(), rows.golds[row].encode()):
@@ -56,6 +65,7 @@ class PromptSource:
             self._rows.append(rows)
             self._usable.append(np.asarray(survey.usable(), np.int32))
             self.skipped += survey.overlong
+            self.skipped_golds += survey.ungradable
         self.fingerprint = digest.hexdigest()
         """Of all rendered prompts and reference answers, the vocabulary, and the settings that decide the order."""
         self._taken = [0] * len(self._rows)
@@ -110,12 +120,17 @@ class PromptSource:
 
 
 def evaluation_prompts(
-    sources: Sequence[SourceSpec], data: DataSpec, tokenizer: Any, limit: int | None = None
+    sources: Sequence[SourceSpec],
+    data: DataSpec,
+    tokenizer: Any,
+    limit: int | None = None,
+    unusable_golds: Sequence[frozenset[int]] | None = None,
 ) -> list[Prompt]:
     """Prompts of an evaluation in file order, the first `limit` rows of each source, with the template of `data`.
 
     Ids are `eval/source:row:0`, so that they differ from those of training prompts. Rows that are too long are an
-    error or left out, as `data.overlong` says.
+    error or left out, as `data.overlong` says; rows in `unusable_golds` (see PromptSource) are left out of the first
+    `limit`, not replaced by later ones.
 
     Raises:
         DataError, ConfigError: as PromptSource.
@@ -123,10 +138,10 @@ def evaluation_prompts(
     template = PromptTemplate(data, tokenizer)
     named_apart(sources, "evaluation.data")
     prompts: list[Prompt] = []
-    for source in sources:
+    for source, unusable in zip(sources, unusable_golds or [frozenset()] * len(sources), strict=True):
         bounds = [bound for bound in (source.limit, limit) if bound is not None]
         rows = load_rows(source.model_copy(update={"limit": min(bounds, default=None)}))
-        survey = _Survey(rows, data)
+        survey = _Survey(rows, data, unusable)
         for row, text, ids in _rendered(rows, template, short_enough=0):
             if survey.see(row, ids):
                 prompts.append(_as_prompt(rows, row, f"eval/{rows.name}:{row}:0", len(prompts), text, ids or ()))
@@ -160,18 +175,23 @@ def _rendered(
 
 @dataclass(slots=True)
 class _Survey:
-    """Which rows of a source are short enough."""
+    """Which rows of a source are short enough, and can be graded against."""
 
     rows: Rows
     spec: DataSpec
+    unusable: frozenset[int] = frozenset()
     overlong: int = 0
+    ungradable: int = 0
     _fitting: list[int] = field(default_factory=list)
     _first: int = 0
     _first_tokens: int = 0
     _longest: int = 0
 
     def see(self, row: int, ids: Sequence[int] | None) -> bool:
-        """Whether the row fits; ids are None where that is certain."""
+        """Whether the row is used; ids are None where it is certainly short enough."""
+        if row in self.unusable:
+            self.ungradable += 1
+            return False
         if ids is None or len(ids) <= self.spec.max_prompt_tokens:
             self._fitting.append(row)
             return True
@@ -182,10 +202,10 @@ class _Survey:
         return False
 
     def usable(self) -> list[int]:
-        """The rows that fit, once all were seen.
+        """The rows to use, once all were seen.
 
         Raises:
-            DataError: one does not and `data.overlong` is `error`, or none does.
+            DataError: one is too long and `data.overlong` is `error`, or none is left.
         """
         limit = self.spec.max_prompt_tokens
         if self.overlong and self.spec.overlong == "error":
@@ -193,6 +213,12 @@ class _Survey:
                 f"{self.rows.places[self._first]}: the prompt has {self._first_tokens} tokens, data.max_prompt_tokens "
                 f"is {limit}; {self.overlong} of {len(self.rows)} rows are longer, the longest has {self._longest}; "
                 "raise data.max_prompt_tokens, or set data.overlong: skip"
+            )
+        if not self._fitting and self.ungradable:
+            raise DataError(
+                f"data source {self.rows.name!r}: none of {len(self.rows)} rows is left: {self.ungradable} reference "
+                f"answers cannot be parsed, {self.overlong} prompts are longer than data.max_prompt_tokens ({limit}); "
+                "set gold to where the answer stands"
             )
         if not self._fitting:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from sapo_ray.config.spec import JobSpec, SourceSpec, VerifierSpec
+from sapo_ray.config.spec import JobSpec, SourceSpec
 from sapo_ray.data.prompts import PromptSource, evaluation_prompts
 from sapo_ray.data.sources import load_rows
 from sapo_ray.errors import ConfigError, DataError
@@ -17,6 +18,8 @@ from sapo_ray.models.prepare import prepare_model
 from sapo_ray.models.tokenizer import load_tokenizer
 from sapo_ray.types import Prompt
 from sapo_ray.verifier.golds import check_gold, check_reward
+
+log = logging.getLogger(__name__)
 
 CANARY_SEQUENCES = 4
 CANARY_TOKENS = 256
@@ -36,6 +39,14 @@ class Inputs:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class References:
+    """Rows that cannot be graded against, of each source in the order of the job."""
+
+    train: list[frozenset[int]]
+    evaluation: list[frozenset[int]]
+
+
 def prepare_inputs(
     spec: JobSpec, model_folder: Path, on_warm_start: Callable[[int, float, float], None] | None = None
 ) -> Inputs:
@@ -45,16 +56,16 @@ def prepare_inputs(
         ModelError, DataError, ConfigError: whatever is wrong with the inputs, naming key, file and row.
     """
     began = time.monotonic()
-    check_references(spec)
+    references = check_references(spec)
     model_path = prepare_model(spec.model, model_folder, spec.seed, on_warm_start)
     check_positions(spec, model_path)
     tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
-    prompts = PromptSource(spec.data, tokenizer, spec.seed)
+    prompts = PromptSource(spec.data, tokenizer, spec.seed, references.train)
     start = prompts.state()
     canary = tuple(prompts.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES))
     prompts.restore(start)
     evaluation = (
-        evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit)
+        evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit, references.evaluation)
         if spec.evaluation.data
         else []
     )
@@ -84,29 +95,34 @@ def check_positions(spec: JobSpec, model_path: Path) -> None:
         )
 
 
-def check_references(spec: JobSpec) -> None:
+def check_references(spec: JobSpec) -> References:
     """What answers are graded with works.
 
     Raises:
         ConfigError: `verifier.reward` cannot be used.
-        DataError: a reference answer of any source cannot be graded against.
+        DataError: a reference answer cannot be graded against, and `data.unusable_gold` is `error`.
     """
     if spec.verifier.reward is not None:
         check_reward(spec.verifier)
-        return  # it reads references by itself
-    for source in [*spec.data.train, *spec.evaluation.data]:
-        if source.path.startswith("builtin:"):
-            continue  # made by rule; their tests check them
-        _check_source(source, spec.verifier)
+    return References(
+        train=[_unusable(source, spec) for source in spec.data.train],
+        evaluation=[_unusable(source, spec) for source in spec.evaluation.data],
+    )
 
 
-def _check_source(source: SourceSpec, verifier: VerifierSpec) -> None:
+def _unusable(source: SourceSpec, spec: JobSpec) -> frozenset[int]:
+    if spec.verifier.reward is not None or source.path.startswith("builtin:"):
+        return frozenset()  # read by the reward function alone; made by rule, and checked by their tests
     rows = load_rows(source)
-    unusable = check_gold(rows.golds, verifier)
+    unusable = check_gold(rows.golds, spec.verifier)
     if unusable:
         named = "; ".join(f"{rows.places[row]}: {rows.golds[row][:80]!r}" for row in unusable[:SHOWN])
         more = f" and {len(unusable) - SHOWN} more" if len(unusable) > SHOWN else ""
-        raise DataError(
-            f"{len(unusable)} of {len(rows)} reference answers of {source.path} cannot be parsed: {named}{more}; "
-            "mend or remove these rows, set gold to where the answer stands, or use a verifier.reward of your own"
-        )
+        found = f"{len(unusable)} of {len(rows)} reference answers of {source.path} cannot be parsed: {named}{more}"
+        if spec.data.unusable_gold == "error":
+            raise DataError(
+                f"{found}; set data.unusable_gold: skip to leave these rows out, mend them, set gold to where the "
+                "answer stands, or use a verifier.reward of your own"
+            )
+        log.warning("%s; these rows are left out (data.unusable_gold: skip)", found)
+    return frozenset(unusable)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.data.prompts import PromptSource, evaluation_prompts
 from sapo_ray.driver.inputs import check_positions, check_references
-from sapo_ray.errors import ConfigError
+from sapo_ray.errors import ConfigError, DataError
+from sapo_ray.models.builtin import make_addition_model
+from sapo_ray.models.tokenizer import load_tokenizer
 
 
 def job(**sections: Any) -> JobSpec:
@@ -60,3 +65,37 @@ def test_a_prompt_and_completion_longer_than_the_model_has_positions_are_refused
         check_positions(
             job(data=data, learner=learner, evaluation={"max_new_tokens": 600}, rollout={"max_new_tokens": 8}), tmp_path
         )
+
+
+@pytest.fixture
+def one_bad_gold(tmp_path: Path) -> str:
+    path = tmp_path / "sums.jsonl"
+    rows = [("2+3=", "5"), ("4+4=", "\\frac{1}{"), ("3+4=", "7")]
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    return str(path)
+
+
+def test_a_reference_that_does_not_parse_is_an_error_that_names_the_way_out(one_bad_gold: str) -> None:
+    with pytest.raises(DataError, match=r"1 of 3 reference answers.*sums.jsonl:2.*data.unusable_gold: skip"):
+        check_references(job(data={"train": [{"path": one_bad_gold}]}))
+
+
+def test_rows_whose_reference_does_not_parse_are_skipped_and_counted_where_asked(
+    one_bad_gold: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"path": one_bad_gold}
+    spec = job(data={"train": [source], "unusable_gold": "skip", "shuffle": False}, evaluation={"data": [source]})
+    with caplog.at_level(logging.WARNING):
+        found = check_references(spec)
+    assert (found.train, found.evaluation) == ([frozenset([1])], [frozenset([1])])
+    assert "sums.jsonl:2" in caplog.text
+    make_addition_model(tmp_path / "model", 0)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    prompts = PromptSource(spec.data, tokenizer, 0, found.train)
+    assert (len(prompts), prompts.skipped_golds, prompts.skipped) == (2, 1, 0)
+    assert [prompts.take().gold for _ in range(4)] == ["5", "7", "5", "7"]
+    assert prompts.fingerprint != PromptSource(spec.data, tokenizer, 0).fingerprint
+    evaluation = evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, 2, found.evaluation)
+    assert [prompt.gold for prompt in evaluation] == ["5"]
+    with pytest.raises(DataError, match="none of 3 rows is left: 3 reference answers cannot be parsed"):
+        PromptSource(spec.data, tokenizer, 0, [frozenset([0, 1, 2])])
