@@ -127,7 +127,7 @@ def validate(
             print(
                 "  inputs: {prompts} prompts, {skipped} skipped as too long, {evaluation} for".format(**found), end=""
             )
-            print(" evaluation; model and every reference answer can be used")
+            print(" evaluation; the model and every reference answer in use were found good")
         else:
             print("  model and data were not opened; add --inputs")
         console.print(f"[green]valid[/]: {escape(str(job))}", highlight=False, soft_wrap=True)
