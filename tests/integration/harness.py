@@ -58,7 +58,7 @@ class Command:
         return left
 
 
-def run(arguments: list[str], log: Path, timeout: float = 500.0) -> str:
+def run(arguments: list[str], log: Path, timeout: float = 900.0) -> str:
     """Run to the end; returns the output. Fails the test with the output if the exit code is not 0."""
     command = Command(arguments)
     process = command.start(log)
@@ -71,7 +71,7 @@ def run(arguments: list[str], log: Path, timeout: float = 500.0) -> str:
 
 
 def wait_for(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout: float = 300.0
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout: float = 600.0
 ) -> None:
     """Wait until `condition`, while the process lives."""
     end = time.monotonic() + timeout

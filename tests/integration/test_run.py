@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from harness import Command, rows, run, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -65,7 +65,7 @@ def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_un
     process = first.start(log)
     wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, process, log)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, log.read_text()[-3000:]
+    assert process.wait(timeout=120) == 130, log.read_text()[-3000:]
     assert first.leaves_nothing() == [], "after Ctrl-C"
     assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
 
@@ -84,7 +84,7 @@ def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_un
 
 def test_a_finished_run_is_not_resumed_into_zero_steps(uninterrupted: Path, tmp_path: Path) -> None:
     process = Command(["resume", str(uninterrupted)]).start(tmp_path / "log")
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     assert (
         "has taken all its 5 steps and succeeded; to train on, --set steps=N with N > 5"
         in (tmp_path / "log").read_text()
@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_resumed_into_zero_steps(uninterrupted: Path, tmp_
 
 def test_a_resume_that_changes_the_recipe_is_refused_by_key(uninterrupted: Path, tmp_path: Path) -> None:
     process = Command(["resume", str(uninterrupted), "--set", "learner.lr=1e-3"]).start(tmp_path / "log")
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     assert "learner.lr" in (tmp_path / "log").read_text()
 
 
