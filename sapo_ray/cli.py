@@ -124,10 +124,9 @@ def validate(
         for warning in advice(spec):
             console.print(f"[yellow]note:[/] {escape(warning)}", highlight=False)
         if found:
-            print(
-                "  inputs: {prompts} prompts, {skipped} skipped as too long, {evaluation} for".format(**found), end=""
-            )
-            print(" evaluation; the model and every reference answer in use were found good")
+            counts = "{prompts} prompts, {skipped} skipped as too long, {skipped_golds} for their reference answers"
+            print(f"  inputs: {counts.format(**found)}; {found['evaluation']} for evaluation")
+            print("  the model and every reference answer in use were found good")
         else:
             print("  model and data were not opened; add --inputs")
         console.print(f"[green]valid[/]: {escape(str(job))}", highlight=False, soft_wrap=True)
@@ -139,7 +138,12 @@ def _open_inputs(spec: JobSpec) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory(prefix="sapo-validate-") as folder:
         found = prepare_inputs(spec, Path(folder) / "model")
-    return {"prompts": len(found.prompts), "skipped": found.prompts.skipped, "evaluation": len(found.evaluation)}
+    return {
+        "prompts": len(found.prompts),
+        "skipped": found.prompts.skipped,
+        "skipped_golds": found.prompts.skipped_golds,
+        "evaluation": len(found.evaluation),
+    }
 
 
 def _estimate(spec: JobSpec) -> Estimate | None:

@@ -88,6 +88,17 @@ def test_a_job_whose_data_is_missing_is_not_called_valid(tmp_path: Path) -> None
     assert "valid:" not in result.stdout
 
 
+def test_opened_inputs_are_counted_before_the_last_word(tmp_path: Path) -> None:
+    rows = [{"question": "1+1=", "answer": answer} for answer in ("2", "#### \\frac{1}{", "2")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"data.train=[{{path: {tmp_path / 'data.jsonl'}}}]", "data.unusable_gold=skip"]
+    settings.append("model.warm_start_accuracy=null")
+    result = invoke("validate", QUICKSTART, "--inputs", *(a for s in settings for a in ("--set", s)))
+    lines = result.stdout.splitlines()
+    assert lines[-3] == "  inputs: 2 prompts, 0 skipped as too long, 1 for their reference answers; 512 for evaluation"
+    assert lines[-1] == f"valid: {QUICKSTART}"
+
+
 def test_validate_gives_job_estimate_and_notes_as_json() -> None:
     report = json.loads(invoke("validate", QUICKSTART, "--json", "--set", "learner.mini_batches=1").stdout)
     assert report["job"]["rollout"]["group_size"] == 16
