@@ -129,13 +129,15 @@ class RemoteWorker:
     ) -> AsyncGenerator[tuple[CompletionMeta, Ref], None]:
         """Completions as they finish, until `deadline` (the loop's clock); the rest is aborted when this is closed."""
         left, begin = len(request.samples), cast(GroupRequest | None, request)
+        places = left
         key = f"{request.group_id}#{next(self._keys)}"
         try:
             while left:
                 # Each payload is a return value of its own, owned by this process: it outlives the worker.
-                metas, *payloads = self.actor.collect.options(num_returns=1 + left).remote(key, begin, left)
+                metas, *payloads = self.actor.collect.options(num_returns=1 + places).remote(key, begin, places)
                 finished = await self._until(metas, deadline, request)
                 begin, left = None, left - len(finished)
+                places = min(left, 2 * len(finished))  # room for a bigger batch; unused places cost too
                 self.last_progress = asyncio.get_running_loop().time()
                 for completion in zip(finished, payloads, strict=False):
                     yield completion

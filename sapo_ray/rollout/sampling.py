@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from sapo_ray.types import (
 )
 
 Finished = tuple[CompletionMeta, CompletionPayload]
+LONGEST_PATIENCE_S = 5.0
+"""Finished completions wait no longer for others, for they are lost if the worker dies meanwhile."""
 
 
 class GroupSampling:
@@ -42,24 +45,24 @@ class GroupSampling:
         self._tasks = [asyncio.create_task(self._complete(sample)) for sample in request.samples]
         self._tasks.append(asyncio.create_task(self._fail_with_worker()))
 
-    async def collect(self, patience_s: float = 0.0) -> list[Finished]:
-        """Return what has finished since the last call, at least one completion.
+    async def collect(self, limit: int, patience: float = 0.0) -> list[Finished]:
+        """Return 1 to `limit` completions that have finished and were not returned before.
 
-        After the first, wait up to `patience_s` for more, unless all are there. Raises WorkerLost, WeightsRefused or
-        ConfigError when the rest will not come, after handing out what did finish.
+        After the first, wait for more, for the share `patience` of the time the group has taken so far, though not
+        for what is not to come. Raises WorkerLost, WeightsRefused or ConfigError when the rest will not come, after
+        handing out what did finish.
         """
+        enough = min(limit, self._left)
         while not self._finished and self._error is None:
             await self._changed.wait()
             self._changed.clear()
-        deadline = time.monotonic() + patience_s
-        while len(self._finished) < self._left and self._error is None and (wait := deadline - time.monotonic()) > 0:
-            try:
-                async with asyncio.timeout(wait):
+        wait_s = min(patience * (time.monotonic() - self._began), LONGEST_PATIENCE_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while len(self._finished) < enough and self._error is None:
                     await self._changed.wait()
-            except TimeoutError:
-                break
-            self._changed.clear()
-        batch, self._finished = self._finished, []
+                    self._changed.clear()
+        batch, self._finished = self._finished[:limit], self._finished[limit:]
         self._left -= len(batch)
         if not batch:
             assert self._error is not None

@@ -27,8 +27,8 @@ from sapo_ray.rollout.sampling import Finished, GroupSampling
 from sapo_ray.rollout.takeover import Bucket, WeightReceiver
 from sapo_ray.types import CompletionMeta, CompletionPayload, GroupRequest, Takeover, WeightsManifest
 
-PATIENCE_S = 0.2
-"""After a completion of a group finished, how long others of the group may take to be handed out with it."""
+PATIENCE = 0.25
+"""How long finished completions wait for others of their group to be handed out with, as a share of its time so far."""
 _WATCH_S = 0.1  # between two looks at whether the engine lives
 
 
@@ -106,7 +106,7 @@ class RolloutWorker:
         sampling = self._begin(request)
         try:
             while not sampling.done:
-                for meta, payload in await self._collect(sampling):
+                for meta, payload in await self._collect(sampling, len(request.samples)):
                     yield meta
                     yield payload
         finally:
@@ -115,14 +115,14 @@ class RolloutWorker:
     async def collect(self, key: str, request: GroupRequest | None, places: int) -> tuple[Any, ...]:
         """`generate` for a remote caller, in few calls: begin a group (`request`, first call), return what finished.
 
-        `places` is how many completions are still to come; the answer is a tuple of k metas, their k payloads, and
-        None in the remaining places, so that with `num_returns=1 + places` each payload is an object of its own.
-        One call for several completions costs a fifth of streaming them one by one. Raises as `generate` does.
+        The answer is a tuple of k metas, their k payloads (1 <= k <= places), and None in the remaining places, so
+        that with `num_returns=1 + places` each payload is an object of its own. One call for several completions
+        costs a fraction of streaming them one by one, and so does a call with few places. Raises as `generate` does.
         """
         if request is not None:
             self._open[key] = self._begin(request)
         sampling = self._open[key]
-        batch = await self._collect(sampling, PATIENCE_S)
+        batch = await self._collect(sampling, places, PATIENCE)
         if sampling.done:
             self._open.pop(key).close()
         metas, payloads = zip(*batch, strict=True)
@@ -172,8 +172,8 @@ class RolloutWorker:
         key = f"{request.group_id}#{self._groups}"
         return GroupSampling(self._engine, self._tokenizer, self._gate, self._id, request, key)
 
-    async def _collect(self, sampling: GroupSampling, patience_s: float = 0.0) -> list[Finished]:
-        batch = await sampling.collect(patience_s)
+    async def _collect(self, sampling: GroupSampling, limit: int, patience: float = 0.0) -> list[Finished]:
+        batch = await sampling.collect(limit, patience)
         self._completions += len(batch)
         self._tokens += sum(meta.tokens for meta, _ in batch)
         return batch

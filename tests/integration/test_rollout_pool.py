@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,19 @@ import ray
 from weights import Policy
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.errors import ConfigError, WeightsRefused, WorkerLost
+from sapo_ray.errors import ConfigError, ModelError, WeightsRefused, WorkerLost
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.rollout.remote import WorkerInfo, WorkerState
-from sapo_ray.types import CompletionMeta, CompletionPayload, GroupRequest, PolicyVersion, SampleRequest, VersionSpan
+from sapo_ray.rollout.scratch import Scratch
+from sapo_ray.types import (
+    CompletionMeta,
+    CompletionPayload,
+    GroupRequest,
+    PolicyVersion,
+    Published,
+    SampleRequest,
+    VersionSpan,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -35,16 +47,16 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        spec = JobSpec.model_validate(
+        self.spec = JobSpec.model_validate(
             {
                 "steps": 1,
                 "model": {"path": "builtin:addition", "dtype": "float32"},
                 "data": {"train": [{"path": "builtin:addition"}], "template": "plain", "max_prompt_tokens": 64},
                 "rollout": {"workers": 2, "max_new_tokens": 900, "max_num_seqs": 64, "kv_cache_mb": 64},
-                "deadlines": {"publish_s": 120, "start_s": 400},
+                "deadlines": {"publish_s": 400, "start_s": 400},
             }
         )
-        self.pool = RolloutPool(spec, str(folder))
+        self.pool = RolloutPool(self.spec, str(folder))
         self.number = -1
         self.policy: Policy
         self.before_first_takeover: Exception | None = None
@@ -89,8 +101,16 @@ class Cluster:
 
 
 @pytest_asyncio.fixture(loop_scope="session", scope="module")
-async def cluster(ray_session: None, addition_model: Path) -> AsyncIterator[Cluster]:
-    cluster = Cluster(addition_model)
+async def cluster(
+    ray_session: None, addition_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Cluster]:
+    # A model with a taste of its own, which must show nowhere: everything below compares with the plain policy.
+    folder = tmp_path_factory.mktemp("opinionated") / "model"
+    shutil.copytree(addition_model, folder)
+    taste = json.loads((folder / "generation_config.json").read_text())
+    taste |= {"do_sample": True, "temperature": 0.3, "top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3}
+    (folder / "generation_config.json").write_text(json.dumps(taste))
+    cluster = Cluster(folder)
     await cluster.pool.start()
     try:
         await cluster.sample_on(cluster.pool.workers()[0], group("too early"))
@@ -238,6 +258,39 @@ async def test_weights_without_one_tensor_are_refused_before_anything_is_touched
     assert furthest(cluster.policy, await cluster.sample_on(worker, group("still old"))) < 1e-4
 
 
+async def test_a_native_push_is_attested_by_the_manifest_that_follows_it(cluster: Cluster) -> None:
+    """The verbs that vLLM's trainer-side engines call, with bytes from this process instead of a GPU's."""
+    await cluster.healthy()
+    policy = cluster.policy = cluster.next_policy()
+    actors = cluster.pool.push_targets()
+
+    async def all_workers(verb: str, *args: Any) -> None:
+        await asyncio.gather(*(getattr(actor, verb).remote(*args) for actor in actors))
+
+    running = asyncio.create_task(cluster.sample(group("during a push", 32, new=900)))
+    await asyncio.sleep(0.2)
+    await all_workers("start_weight_update")
+    with Scratch(max(policy.manifest.bucket_nbytes)) as scratch:
+        for number, bucket in enumerate(policy.buckets):
+            scratch.write(bucket)
+            tensors = [
+                (meta.name, meta.dtype, list(meta.shape), meta.offset, meta.nbytes, meta.checksum)
+                for meta in policy.manifest.tensors
+                if meta.bucket == number
+            ]
+            info = {"path": scratch.path, "nbytes": bucket.nbytes, "tensors": tensors}
+            await all_workers("update_weights", SimpleNamespace(update_info=info))
+    await all_workers("finish_weight_update")
+    await asyncio.sleep(0.3)
+    assert not running.done()  # paused until the manifest
+    takeovers = await cluster.pool.update(Published(manifest=policy.manifest, buckets=()))
+    assert [takeover.version for takeover in takeovers] == [policy.version] * 2
+    assert any(len(meta.spans) == 2 for meta, _ in (await running).values())
+    assert furthest(policy, await cluster.sample(group("after a push", 16))) < 1e-4
+    with pytest.raises(WeightsRefused, match="none were pushed before"):
+        await actors[0].take_over.remote(policy.manifest)
+
+
 async def test_twenty_updates_leave_no_memory_file_or_process_behind(cluster: Cluster, shm: None) -> None:
     def measures() -> tuple[dict[int, int], dict[int, int], int]:
         processes = [psutil.Process(pid) for worker in workers for pid in (worker.pid, *worker.engine_pids) if pid]
@@ -346,6 +399,27 @@ async def test_a_killed_worker_is_told_at_once_and_what_was_missing_comes_out_th
     assert renewed.version == newest.version == PolicyVersion(1, cluster.number)
     assert furthest(newest, await cluster.sample_on(renewed, group("renewed", 16))) < 1e-4
     assert not any(psutil.pid_exists(pid) for pid in (dead.pid, *dead.engine_pids))
+
+
+async def test_a_worker_whose_engine_died_is_lost_like_a_dead_worker(cluster: Cluster) -> None:
+    await cluster.healthy()
+    cluster.events()
+    completions = cluster.pool.generate(group("engine", 24, new=900))
+    meta, _ = await anext(completions)
+    dead = next(worker for worker in cluster.pool.workers() if worker.id == meta.worker)
+    os.kill(dead.engine_pids[0], signal.SIGKILL)
+    with pytest.raises(WorkerLost):
+        await collect(completions, {})
+    again = await cluster.sample(group("engine", 4))
+    assert {meta.worker for meta, _ in again.values()} & {dead.id} == set()
+    assert [event["kind"] for event in cluster.events()] == ["worker_lost"]
+
+
+async def test_a_worker_that_cannot_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
+    pool = RolloutPool(cluster.spec, str(tmp_path))
+    with pytest.raises(ModelError, match=r"rollout-\d cannot load model"):
+        await pool.start()
+    assert pool.workers() == []
 
 
 async def test_closing_the_pool_leaves_no_process_even_of_a_worker_that_is_starting(cluster: Cluster) -> None:
