@@ -34,7 +34,7 @@ def test_what_is_sampled_from_is_the_policy_and_nothing_of_the_models_own_taste(
     assert arguments["generation_config"] == "vllm"
     assert arguments["logprobs_mode"] == "processed_logprobs"
     assert arguments["dtype"] == "bfloat16"
-    assert engine_arguments(job(rollout={"dtype": "float32"}), model)["dtype"] == "float32"
+    assert engine_arguments(job(model={"path": "m", "dtype": "float32"}), model)["dtype"] == "float32"
 
 
 def test_the_longest_sequence_is_what_the_job_can_ask_for_and_the_model_can_take(model: str) -> None:
