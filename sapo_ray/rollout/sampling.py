@@ -25,8 +25,10 @@ from sapo_ray.types import (
 )
 
 Finished = tuple[CompletionMeta, CompletionPayload]
-LONGEST_PATIENCE_S = 5.0
-"""Finished completions wait no longer for others, for they are lost if the worker dies meanwhile."""
+PATIENCE = 0.5
+"""How long finished completions wait for others of their group, as a share of the time it has taken so far."""
+PATIENCE_S = (0.2, 5.0)
+"""But at least and at most so long: what waits is lost if the worker dies meanwhile."""
 
 
 class GroupSampling:
@@ -45,18 +47,18 @@ class GroupSampling:
         self._tasks = [asyncio.create_task(self._complete(sample)) for sample in request.samples]
         self._tasks.append(asyncio.create_task(self._fail_with_worker()))
 
-    async def collect(self, limit: int, patience: float = 0.0) -> list[Finished]:
+    async def collect(self, limit: int, *, patient: bool = False) -> list[Finished]:
         """Return 1 to `limit` completions that have finished and were not returned before.
 
-        After the first, wait for more, for the share `patience` of the time the group has taken so far, though not
-        for what is not to come. Raises WorkerLost, WeightsRefused or ConfigError when the rest will not come, after
-        handing out what did finish.
+        After the first, if `patient`, wait a while for more, though not for what is not to come. Raises WorkerLost,
+        WeightsRefused or ConfigError when the rest will not come, after handing out what did finish.
         """
         enough = min(limit, self._left)
         while not self._finished and self._error is None:
             await self._changed.wait()
             self._changed.clear()
-        wait_s = min(patience * (time.monotonic() - self._began), LONGEST_PATIENCE_S)
+        shortest, longest = PATIENCE_S
+        wait_s = min(max(shortest, PATIENCE * (time.monotonic() - self._began)), longest) if patient else 0.0
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while len(self._finished) < enough and self._error is None:

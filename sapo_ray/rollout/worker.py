@@ -27,8 +27,6 @@ from sapo_ray.rollout.sampling import Finished, GroupSampling
 from sapo_ray.rollout.takeover import Bucket, WeightReceiver
 from sapo_ray.types import CompletionMeta, CompletionPayload, GroupRequest, Takeover, WeightsManifest
 
-PATIENCE = 0.25
-"""How long finished completions wait for others of their group to be handed out with, as a share of its time so far."""
 _WATCH_S = 0.1  # between two looks at whether the engine lives
 
 
@@ -122,7 +120,7 @@ class RolloutWorker:
         if request is not None:
             self._open[key] = self._begin(request)
         sampling = self._open[key]
-        batch = await self._collect(sampling, places, PATIENCE)
+        batch = await self._collect(sampling, places, patient=True)
         if sampling.done:
             self._open.pop(key).close()
         metas, payloads = zip(*batch, strict=True)
@@ -172,8 +170,8 @@ class RolloutWorker:
         key = f"{request.group_id}#{self._groups}"
         return GroupSampling(self._engine, self._tokenizer, self._gate, self._id, request, key)
 
-    async def _collect(self, sampling: GroupSampling, limit: int, patience: float = 0.0) -> list[Finished]:
-        batch = await sampling.collect(limit, patience)
+    async def _collect(self, sampling: GroupSampling, limit: int, *, patient: bool = False) -> list[Finished]:
+        batch = await sampling.collect(limit, patient=patient)
         self._completions += len(batch)
         self._tokens += sum(meta.tokens for meta, _ in batch)
         return batch

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sapo_ray.errors import WorkerLost
+from sapo_ray.rollout import sampling
 from sapo_ray.rollout.attestation import Gate
 from sapo_ray.rollout.sampling import Finished, GroupSampling
 from sapo_ray.types import (
@@ -74,11 +75,13 @@ async def test_what_finished_together_comes_together_up_to_the_limit(gate: Gate)
     assert group.done
 
 
-async def test_patience_waits_for_others_but_not_for_what_will_not_come(gate: Gate) -> None:
+async def test_patience_waits_for_others_but_not_for_what_will_not_come(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "PATIENCE_S", (60.0, 60.0))
     group = Scripted(gate)
     group.finish(0)
-    await asyncio.sleep(0.1)
-    batch = asyncio.create_task(group.collect(4, patience=100.0))
+    batch = asyncio.create_task(group.collect(4, patient=True))
     await asyncio.sleep(0.02)
     group.finish(1, 2)
     await asyncio.sleep(0.02)
@@ -105,7 +108,7 @@ async def test_an_error_comes_after_what_did_finish(gate: Gate) -> None:
     await asyncio.sleep(0.01)
     gate.refuse(WorkerLost("the engine of rollout-0 died"))
     await asyncio.sleep(0.01)
-    assert indices(await group.collect(4, patience=100.0)) == [3]
+    assert indices(await group.collect(4, patient=True)) == [3]
     with pytest.raises(WorkerLost, match="engine of rollout-0 died"):
         await group.collect(4)
 
