@@ -295,6 +295,11 @@ def test_references_are_checked_without_an_event_loop_too() -> None:
 @pytest.mark.slow
 async def test_hundreds_of_kills_leak_neither_processes_nor_files(misbehaving: str) -> None:
     this = psutil.Process()
+    others = set(this.children(recursive=True))  # of tests before this one: Ray's, say
+
+    def graders() -> set[psutil.Process]:
+        return set(this.children(recursive=True)) - others
+
     async with supervised(reward=misbehaving, deadline_s=0.3) as processes:
 
         async def round_of_poison(count: int) -> None:
@@ -306,14 +311,15 @@ async def test_hundreds_of_kills_leak_neither_processes_nor_files(misbehaving: s
                 Verdict.ERROR,
             ] * count
             deadline = time.monotonic() + REPLACEMENT_S * ALLOWANCE
-            while processes.stats().live != 3 or len(this.children(recursive=True)) > 3:
+            while processes.stats().live != 3 or len(graders()) > 3:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.05)
 
         await round_of_poison(2)
-        files, children = this.num_fds(), len(this.children())
+        files = this.num_fds()
+        assert len(graders()) == 3
         await round_of_poison(50)
         stats = processes.stats()
-        assert this.num_fds() == files
-        assert len(this.children()) == children == 3
+        assert this.num_fds() - files < 20  # 150 kills would leak 150 at least; Ray's own come and go
+        assert len(graders()) == 3
     assert stats.killed + stats.died >= 300
