@@ -51,7 +51,8 @@ class GroupSampling:
         """Return 1 to `limit` completions that have finished and were not returned before.
 
         After the first, if `patient`, wait a while for more, though not for what is not to come. Raises WorkerLost,
-        WeightsRefused or ConfigError when the rest will not come, after handing out what did finish.
+        WeightsRefused or ConfigError when the rest will not come, after handing out what did finish; SapoRayError
+        when the group is closed meanwhile.
         """
         enough = min(limit, self._left)
         while not self._finished and self._error is None:
@@ -77,9 +78,10 @@ class GroupSampling:
         return self._left == 0
 
     def close(self) -> None:
-        """Abort what is still running."""
+        """Abort what is still running. Whoever still collects is told, for nothing more will come."""
         for task in self._tasks:
             task.cancel()
+        self._fail(SapoRayError(f"group {self._request.group_id} on {self._id} was closed before it was collected"))
 
     async def _complete(self, sample: SampleRequest) -> None:
         try:

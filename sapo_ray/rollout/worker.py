@@ -122,7 +122,8 @@ class RolloutWorker:
         sampling = self._open[key]
         batch = await self._collect(sampling, places, patient=True)
         if sampling.done:
-            self._open.pop(key).close()
+            sampling.close()
+            self._open.pop(key, None)  # it is gone if the caller went away meanwhile
         metas, payloads = zip(*batch, strict=True)
         return (metas, *payloads, *[None] * (places - len(batch)))
 
@@ -177,9 +178,13 @@ class RolloutWorker:
         return batch
 
     async def _watch_engine(self) -> None:
-        while not self._engine.errored:  # noqa: ASYNC110  vLLM tells nobody
-            await asyncio.sleep(_WATCH_S)
-        self._gate.refuse(WorkerLost(f"the engine of {self._id} died"))
+        try:
+            while not self._engine.errored:  # noqa: ASYNC110  vLLM tells nobody
+                await asyncio.sleep(_WATCH_S)
+        except Exception as error:  # noqa: BLE001  an engine that nobody watches is not to be used
+            self._gate.refuse(WorkerLost(f"the engine of {self._id} cannot be watched: {error!r}"))
+        else:
+            self._gate.refuse(WorkerLost(f"the engine of {self._id} died"))
 
 
 def _again(error: SapoRayError) -> SapoRayError:

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from sapo_ray.errors import WorkerLost
+from sapo_ray.errors import SapoRayError, WorkerLost
 from sapo_ray.rollout import sampling
 from sapo_ray.rollout.attestation import Gate
 from sapo_ray.rollout.sampling import Finished, GroupSampling
@@ -126,3 +126,22 @@ async def test_closing_cancels_what_still_runs(gate: Gate) -> None:
     group.close()
     await asyncio.sleep(0)
     assert all(end.cancelled() for end in group.ends)
+
+
+@pytest.mark.parametrize("patient", [False, True])
+async def test_closing_ends_the_wait_of_who_collects(gate: Gate, patient: bool) -> None:
+    group = Scripted(gate)
+    waiting = asyncio.create_task(group.collect(4, patient=patient))
+    await asyncio.sleep(0.01)
+    group.close()
+    with pytest.raises(SapoRayError, match="group g on rollout-0 was closed before it was collected"):
+        await asyncio.wait_for(waiting, 1)
+
+
+async def test_the_first_error_of_a_group_is_not_covered_by_its_end(gate: Gate) -> None:
+    group = Scripted(gate)
+    group.ends[0].set_exception(RuntimeError("out of memory"))
+    await asyncio.sleep(0.01)
+    group.close()
+    with pytest.raises(WorkerLost, match="out of memory"):
+        await group.collect(4)
