@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from sapo_ray.driver.files import fsync, write_text
 from sapo_ray.errors import CheckpointError, ResourceError
 
 MANIFEST = "manifest.json"
@@ -31,12 +31,16 @@ class Checkpoints:
         self._keep = keep
         self._min_free = int(min_free_gb * 1e9)
 
-    async def write(self, step: int, fill: Callable[[Path], Awaitable[None]]) -> Path:
+    async def write(self, step: int, fill: Callable[[Path], Awaitable[None]], guard: Callable[[], None]) -> Path:
         """Write the checkpoint of `step`; `fill` puts its files into the folder it is given.
+
+        `guard` raises where another attempt has taken the run over. Filling takes minutes, so it is asked before
+        anything is touched, before the checkpoint gets its name, and right before `latest` moves.
 
         Raises ResourceError before anything is written if the disk has too little room; whatever fails later, the
         checkpoints that were there stay valid.
         """
+        guard()
         self.check_space()
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{step:06d}"
@@ -48,14 +52,16 @@ class Checkpoints:
         try:
             await fill(writing)
             await asyncio.to_thread(_seal, writing, step)
+            guard()
         except BaseException as error:
             shutil.rmtree(writing, ignore_errors=True)
             if not isinstance(error, OSError) and "No space left on device" not in str(error):
                 raise
             raise ResourceError(f"checkpoint of step {step} could not be written to {writing}: {error}") from error
         writing.rename(final)
-        _fsync(self._folder)
-        _replace(self._folder / "latest", name)
+        fsync(self._folder)
+        guard()
+        write_text(self._folder / "latest", name)
         self._prune()
         return final
 
@@ -128,37 +134,13 @@ def _seal(folder: Path, step: int) -> None:
     entries = {}
     for path in files:
         entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
-        _fsync(path)
+        fsync(path)
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
-            _fsync(path)
-    _replace(folder / MANIFEST, json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
+            fsync(path)
+    write_text(folder / MANIFEST, json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Durable, atomic text file; for spec.json, result.json and the like."""
-    _replace(path, text)

@@ -366,13 +366,12 @@ class Driver:
             return
         with self._phase("checkpoint"):
             async with self._bounded("the checkpoint", self._spec.deadlines.checkpoint_s + GRACE_S):
-                folder = await self._checkpoints.write(self._step, self._fill_checkpoint)
+                folder = await self._checkpoints.write(self._step, self._fill_checkpoint, self._stop_if_superseded)
         self._journal.event("checkpoint", step=self._step, name=folder.name)
         await self._journal.sync()
 
     async def _fill_checkpoint(self, folder: Path) -> None:
         """The cut after a publish: what the run needs to go on from here as if nothing had happened."""
-        self._stop_if_superseded()
         await self._parts.learner.save(folder / "learner")
         state = DriverState(
             step=self._step,

@@ -25,9 +25,10 @@ from sapo_ray.config.architecture import find_architecture
 from sapo_ray.config.estimate import estimate
 from sapo_ray.config.load import resume_job
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.checkpoint import Checkpoints, write_text
+from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.cluster import ray_for
 from sapo_ray.driver.driver import Driver, Outcome, Parts
+from sapo_ray.driver.files import write_text
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.journal import Journal, Listener
 from sapo_ray.driver.payloads import RayPayloads

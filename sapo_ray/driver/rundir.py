@@ -21,7 +21,7 @@ from typing import Any
 
 from sapo_ray.config.load import to_json
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.checkpoint import write_text
+from sapo_ray.driver.files import write_text
 from sapo_ray.errors import CheckpointError, ConfigError
 
 

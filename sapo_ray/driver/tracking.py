@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.checkpoint import write_text
+from sapo_ray.driver.files import write_text
 from sapo_ray.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sapo_ray.driver.checkpoint import Checkpoints, verify
-from sapo_ray.errors import CheckpointError, ResourceError
+from sapo_ray.errors import CheckpointError, ResourceError, TrainingFailed
 
 WRITER = """
 import asyncio, sys
@@ -30,7 +30,7 @@ step = int(sys.argv[2])
 print("ready", flush=True)
 while True:
     step = step % 250 + 1
-    asyncio.run(checkpoints.write(step, fill))
+    asyncio.run(checkpoints.write(step, fill, lambda: None))
 """
 
 
@@ -39,7 +39,7 @@ async def text(folder: Path) -> None:
 
 
 def write(checkpoints: Checkpoints, step: int) -> Path:
-    return asyncio.run(checkpoints.write(step, text))
+    return asyncio.run(checkpoints.write(step, text, lambda: None))
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
@@ -110,6 +110,28 @@ def test_a_failure_while_writing_leaves_the_last_checkpoint_and_no_debris(tmp_pa
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ResourceError, match=r"step 2 could not be written .*No space left"):
-        asyncio.run(checkpoints.write(2, full))
+        asyncio.run(checkpoints.write(2, full, lambda: None))
     assert checkpoints.newest() == tmp_path / "step-000001"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
+
+
+def test_a_driver_superseded_while_it_fills_a_checkpoint_moves_nothing(tmp_path: Path) -> None:
+    """The other attempt comes at any of the moments at which the guard is asked."""
+    for refused_at in (1, 2, 3):
+        folder = tmp_path / str(refused_at)
+        checkpoints = Checkpoints(folder, keep=2, min_free_gb=0)
+        write(checkpoints, 1)
+        asked = 0
+
+        def guard(refused_at: int = refused_at) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == refused_at:
+                raise TrainingFailed("superseded")
+
+        with pytest.raises(TrainingFailed):
+            asyncio.run(checkpoints.write(2, text, guard))
+        assert (folder / "latest").read_text() == "step-000001"
+        assert checkpoints.newest() == folder / "step-000001"
+        assert (folder / "step-000002").exists() == (refused_at == 3), "it has its name only if it was allowed to"
+        assert not list(folder.glob(".writing-*"))

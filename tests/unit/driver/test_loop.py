@@ -228,3 +228,16 @@ async def test_a_superseded_driver_stops_before_it_writes(tmp_path: Path) -> Non
     with pytest.raises(TrainingFailed, match=r"attempt 1 of .* was superseded"):
         await asyncio.gather(bench.attempt(1), takeover())
     assert len(bench.journal("consumed")) < 50
+
+
+async def test_a_driver_superseded_while_its_learner_saves_does_not_move_the_pointer(tmp_path: Path) -> None:
+    class SlowToSave(FakeLearner):
+        async def save(self, folder: Path) -> None:
+            await super().save(folder)
+            if self.number == 2:
+                (tmp_path / "attempt").write_text("2")
+
+    bench = Bench(tmp_path, job(), learner=SlowToSave())
+    with pytest.raises(TrainingFailed, match=r"attempt 1 of .* was superseded"):
+        await bench.attempt(1)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000001"
