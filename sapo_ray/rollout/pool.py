@@ -10,7 +10,6 @@ The learner is never asked again: workers that join take the last published buck
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -20,14 +19,9 @@ import ray
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, TrainingFailed, WeightsRefused, WorkerLost
 from sapo_ray.rollout.remote import Ref, RemoteWorker, WorkerInfo, WorkerState
+from sapo_ray.rollout.replacements import REPLACEMENTS, Replacements
 from sapo_ray.types import CompletionMeta, GroupRequest, Published, Takeover
 
-REPLACEMENTS = 3
-"""Of each worker within REPLACEMENT_WINDOW_S; then the pool goes on with fewer."""
-REPLACEMENT_WINDOW_S = 3600.0
-HEARTBEAT_S = 10.0
-SILENCE_S = 60.0
-"""A worker that does not answer its heartbeat for so long is lost."""
 STUCK = 0.95
 """A worker that finishes no completion for this share of rollout.group_deadline_s, while it has some, is lost too."""
 
@@ -36,14 +30,17 @@ class RolloutPool:
     """Rollout workers of one job. Lives in the driver; Ray must be initialised. All methods belong to one event loop.
 
     `events` gets a dict for every change that the journal should hold: kind (`worker_ready`, `worker_lost`,
-    `takeover_failed`, `worker_not_replaced`, `worker_stopped`), worker, reason or version.
+    `takeover_failed`, `worker_not_replaced`, `worker_stopped`, `pool_failed`), worker, reason or version.
+
+    A pool fails for good when its last worker is not replaced or its own code breaks: every call from then on raises
+    TrainingFailed, and `until_failed` returns it.
     """
 
     def __init__(self, spec: JobSpec, model_path: str) -> None:
         self._spec, self._model_path = spec, model_path
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._workers: dict[int, RemoteWorker] = {}
-        self._replaced: dict[int, deque[float]] = {}
+        self._replacements = Replacements()
         self._generation: dict[int, int] = {}
         self._published: Published | None = None
         self._pushed_to: frozenset[str] = frozenset()
@@ -69,8 +66,9 @@ class RolloutPool:
             raise errors.exceptions[0] from None
 
     async def close(self) -> None:
-        """End every worker and every process of them."""
+        """End every worker and every process of them. Who waits, and every later call, gets TrainingFailed."""
         self._closing = True
+        self._failure = self._failure or TrainingFailed("the rollout pool is closed")
         for task in self._tasks - self._endings:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -82,9 +80,15 @@ class RolloutPool:
         """All workers that exist, starting ones included."""
         return [worker.info() for worker in self._workers.values()]
 
+    async def until_failed(self) -> TrainingFailed:
+        """Return why the pool cannot go on (it failed, or was closed): for an owner that waits for something else."""
+        while self._failure is None:
+            await self._changed.wait()
+        return self._failure
+
     def push_targets(self) -> list[Any]:
         """Actors for a native weight push, which `update` must follow. Who joins later waits for the next push."""
-        ready = [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+        ready = self._ready()
         self._pushed_to = frozenset(worker.id for worker in ready)
         return [worker.actor for worker in ready]
 
@@ -94,6 +98,7 @@ class RolloutPool:
         Raises WorkerLost when that worker dies, DeadlineExceeded after rollout.group_deadline_s, TrainingFailed when
         no worker is left. What was yielded before stays good.
         """
+        self._check_failure()
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._spec.rollout.group_deadline_s
         worker = await self._attested_worker(request, deadline)
@@ -120,8 +125,9 @@ class RolloutPool:
 
         Raises TrainingFailed when none is left, DeadlineExceeded when none is attested within deadlines.publish_s.
         """
+        self._check_failure()
         self._published = published
-        ready = [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+        ready = self._ready()
         if not published.buckets:
             ready = [worker for worker in ready if worker.id in self._pushed_to]
         takeovers = [takeover for takeover in await asyncio.gather(*map(self._bring, ready)) if takeover]
@@ -142,7 +148,7 @@ class RolloutPool:
         """Aim at so many workers: start missing ones in the background, or let surplus ones finish and end."""
         for slot in range(workers):
             if slot not in self._workers and slot not in self._coming:
-                self._replaced.pop(slot, None)  # a budget of its own for a worker that was asked for
+                self._replacements.renew(slot)
                 self._add(slot)
         for slot, worker in list(self._workers.items()):
             if slot >= workers and worker.state in (WorkerState.STARTING, WorkerState.READY):
@@ -154,13 +160,11 @@ class RolloutPool:
         if self._published is None:
             return []
         newest = self._published.manifest.version
-        return [
-            worker
-            for worker in self._workers.values()
-            if worker.state is WorkerState.READY
-            and worker.takeover
-            and (worker.version == newest or worker.bringing.locked())
-        ]
+        holding = [worker for worker in self._ready() if worker.takeover]
+        return [worker for worker in holding if worker.version == newest or worker.bringing.locked()]
+
+    def _ready(self) -> list[RemoteWorker]:
+        return [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
 
     async def _attested_worker(self, request: GroupRequest, deadline: float) -> RemoteWorker:
         try:
@@ -221,17 +225,7 @@ class RolloutPool:
         return worker.takeover
 
     async def _watch(self, worker: RemoteWorker) -> None:
-        """Lose the worker as soon as it dies, breaks, or falls silent."""
-        broken = asyncio.ensure_future(worker.until_broken())
-        try:
-            while not (await asyncio.wait({broken}, timeout=HEARTBEAT_S))[0]:
-                await worker.heartbeat(SILENCE_S)
-            reason = broken.result()
-        except SapoRayError as error:
-            reason = error
-        finally:
-            broken.cancel()
-        self._lose(worker, reason)
+        self._lose(worker, await worker.until_lost())
 
     def _lose(self, worker: RemoteWorker, reason: SapoRayError) -> None:
         """Use a worker no more, from this moment on; end it, and replace it if its slot has replacements left."""
@@ -242,21 +236,18 @@ class RolloutPool:
         del self._workers[worker.slot]
         self._last_loss = reason
         self._event("worker_lost", worker, reason=str(reason))
+        self._endings.add(self._background(worker.kill()))
         if wanted and self._may_replace(worker):
             self._add(worker.slot)
-        self._endings.add(self._background(worker.kill()))
+        if not self._workers and not self._coming:
+            self._fail(TrainingFailed(f"no rollout worker is left; the last one: {reason}"))
         self._notify()
 
     def _may_replace(self, worker: RemoteWorker) -> bool:
-        now = asyncio.get_running_loop().time()
-        times = self._replaced.setdefault(worker.slot, deque())
-        while times and now - times[0] > REPLACEMENT_WINDOW_S:
-            times.popleft()
-        if len(times) >= REPLACEMENTS:
-            self._event("worker_not_replaced", worker, reason=f"lost {REPLACEMENTS + 1} times within an hour")
-            return False
-        times.append(now)
-        return True
+        if self._replacements.take(worker.slot, asyncio.get_running_loop().time()):
+            return True
+        self._event("worker_not_replaced", worker, reason=f"lost {REPLACEMENTS + 1} times within an hour")
+        return False
 
     async def _drain(self, worker: RemoteWorker) -> None:
         """Let a surplus worker finish what it samples, no longer than a group may take, then end it."""
@@ -284,15 +275,21 @@ class RolloutPool:
         self._tasks.discard(task)
         self._endings.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # Nothing of the pool may die silently: whoever asks it next gets the error.
-            self._failure = TrainingFailed(f"the rollout pool failed: {error!r}")
+            self._fail(TrainingFailed(f"the rollout pool failed: {error!r}"))
+
+    def _fail(self, failure: TrainingFailed) -> None:
+        """Nothing of the pool may die silently: the journal, `until_failed` and every caller get the first failure."""
+        if self._failure is None:
+            self._failure = failure
+            self.events.put_nowait({"kind": "pool_failed", "worker": "rollout pool", "reason": str(failure)})
             self._notify()
 
-    async def _wait_for_change(self) -> None:
+    def _check_failure(self) -> None:
         if self._failure is not None:
-            raise self._failure
-        if not self._workers and not self._coming:
-            raise TrainingFailed(f"no rollout worker is left; the last one: {self._last_loss}")
+            raise TrainingFailed(str(self._failure))
+
+    async def _wait_for_change(self) -> None:
+        self._check_failure()
         await self._changed.wait()
 
     def _notify(self) -> None:

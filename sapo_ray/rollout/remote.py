@@ -24,6 +24,9 @@ from sapo_ray.types import CompletionMeta, GroupRequest, PolicyVersion, Publishe
 Ref = Any
 Result = TypeVar("Result")
 STOP_S = 30.0
+HEARTBEAT_S = 10.0
+SILENCE_S = 60.0
+"""A worker that does not answer its heartbeat for so long is lost."""
 _CONCURRENT_CALLS = 4096  # groups in flight on one worker, and then some
 
 
@@ -105,7 +108,10 @@ class RemoteWorker:
             asked = {key: value for key, value in self._asked.items() if key.startswith("num_")}
             raise DeadlineExceeded(f"{error}; asked {asked}, free in the cluster {ray.available_resources()}") from None
         if self._info["address"] == socket.gethostname():
-            self._processes = [psutil.Process(pid) for pid in (self._info["pid"], *self._info["engine_pids"])]
+            try:
+                self._processes = [psutil.Process(pid) for pid in (self._info["pid"], *self._info["engine_pids"])]
+            except psutil.NoSuchProcess as error:
+                raise WorkerLost(f"{self.id} died (start): process {error.pid} is gone") from None
 
     async def heartbeat(self, deadline_s: float) -> None:
         """Raises unless the worker's event loop answers."""
@@ -118,6 +124,18 @@ class RemoteWorker:
         except RayError as error:
             return self._translated(error, "waiting")
         return WorkerLost(f"{self.id} ended")
+
+    async def until_lost(self) -> SapoRayError:
+        """Return why the worker is lost, as soon as it dies, breaks, or falls silent."""
+        broken = asyncio.ensure_future(self.until_broken())
+        try:
+            while not (await asyncio.wait({broken}, timeout=HEARTBEAT_S))[0]:
+                await self.heartbeat(SILENCE_S)
+            return broken.result()
+        except SapoRayError as error:
+            return error
+        finally:
+            broken.cancel()
 
     async def take_over(self, published: Published, deadline_s: float) -> Takeover:
         """See RolloutWorker.take_over; the buckets go by reference."""
@@ -172,7 +190,8 @@ class RemoteWorker:
         ray.kill(self.actor, no_restart=True)
         _, alive = await asyncio.to_thread(psutil.wait_procs, self._processes, 5)
         for process in alive:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it ended by itself a moment ago
+                process.kill()
         if alive:
             await asyncio.to_thread(psutil.wait_procs, alive, 5)
 

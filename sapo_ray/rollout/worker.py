@@ -15,6 +15,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -61,9 +62,7 @@ class RolloutWorker:
             deadline_s=self._spec.deadlines.publish_s,
             noise=noise,
         )
-        # Python's resource tracker is not the engine's, and ends with this process.
-        children = psutil.Process().children(recursive=True)
-        self._processes = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        self._processes = _engine_processes()
         self._watch = asyncio.create_task(self._watch_engine())
         return await self.stats()
 
@@ -74,7 +73,8 @@ class RolloutWorker:
         self._engine.shutdown(timeout=1)
         _, alive = psutil.wait_procs(self._processes, timeout=1)
         for process in alive:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it ended by itself a moment ago
+                process.kill()
         psutil.wait_procs(alive, timeout=5)
 
     async def stats(self) -> dict[str, Any]:
@@ -190,3 +190,13 @@ class RolloutWorker:
 def _again(error: SapoRayError) -> SapoRayError:
     """The same error for another waiter, without the traceback of the first."""
     return type(error)(str(error))
+
+
+def _engine_processes() -> list[psutil.Process]:
+    """Everything below this process but Python's resource tracker, which is not the engine's and ends with it."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a helper that has just ended
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.append(child)
+    return found

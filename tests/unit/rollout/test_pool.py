@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import psutil
 import pytest
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, ResourceError, TrainingFailed, WeightsRefused, WorkerLost
 from sapo_ray.rollout import pool as pools
+from sapo_ray.rollout import remote, replacements
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.rollout.remote import RemoteWorker, WorkerState
 from sapo_ray.types import (
@@ -257,12 +259,12 @@ async def test_a_worker_is_replaced_three_times_an_hour_and_then_the_pool_says_w
         await sampled_by(pool, "a")
     with pytest.raises(TrainingFailed, match="no rollout worker is left"):
         await pool.update(published(1))
-    assert events_of(pool)[-1] == ("worker_not_replaced", "rollout-0.3")
+    assert events_of(pool)[-2:] == [("worker_not_replaced", "rollout-0.3"), ("pool_failed", "rollout pool")]
     await pool.close()
 
 
 async def test_the_budget_of_replacements_is_per_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "REPLACEMENT_WINDOW_S", 0.0)
+    monkeypatch.setattr(replacements, "REPLACEMENT_WINDOW_S", 0.0)
     pool = pool_of(1)
     await pool.start()
     for number in range(6):
@@ -362,3 +364,62 @@ async def test_an_error_inside_the_pool_is_raised_to_who_waits(monkeypatch: pyte
     with pytest.raises(TrainingFailed, match="of the pool's own"):
         await sampled_by(pool, "a")
     await pool.close()
+
+
+async def test_a_pool_that_failed_samples_and_updates_no_more_although_a_worker_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+
+    def fails(*_: object) -> bool:
+        raise ResourceError("of the pool's own")
+
+    monkeypatch.setattr(pool, "_may_replace", fails)
+    FakeWorker.made[0].broken.set_result(WorkerLost("gone"))
+    await settled(pool)
+    assert [worker.id for worker in pool.workers()] == ["rollout-1"]
+    for call in (sampled_by(pool, "a"), pool.update(published(1))):
+        with pytest.raises(TrainingFailed, match="of the pool's own"):
+            await call
+    await pool.close()
+
+
+async def test_an_owner_that_waits_for_something_else_learns_that_no_worker_is_left() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    failed = asyncio.create_task(pool.until_failed())
+    FakeWorker.cannot_start = {"rollout-0.1", "rollout-0.2", "rollout-0.3"}
+    await settled(pool)
+    assert not failed.done()
+    FakeWorker.made[0].broken.set_result(WorkerLost("first"))
+    reason = await asyncio.wait_for(failed, 1)
+    assert str(reason) == "no rollout worker is left; the last one: rollout-0.3 cannot start"
+    await pool.close()
+
+
+async def test_who_waits_for_a_worker_hears_that_the_pool_is_closed() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    waiting = asyncio.create_task(sampled_by(pool, "a"))
+    await settled(pool)
+    await pool.close()
+    with pytest.raises(TrainingFailed, match="the rollout pool is closed"):
+        await asyncio.wait_for(waiting, 1)
+    assert "pool_failed" not in {kind for kind, _ in events_of(pool)}
+
+
+class Gone:
+    """A process that ends between being found alive and being killed."""
+
+    def kill(self) -> None:
+        raise psutil.NoSuchProcess(pid=4711)
+
+
+async def test_a_process_that_ends_while_its_worker_is_killed_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = FakeWorker(pool_of(1)._spec, "m", "rollout-0", 0, False)
+    worker._processes = [Gone()]  # type: ignore[list-item]
+    monkeypatch.setattr(remote.ray, "kill", lambda *_, **__: None)
+    monkeypatch.setattr(remote.psutil, "wait_procs", lambda processes, timeout: ([], processes))
+    await RemoteWorker.kill(worker)
