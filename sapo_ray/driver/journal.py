@@ -13,13 +13,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sapo_ray.errors import CheckpointError
+from sapo_ray.errors import CheckpointError, ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +30,22 @@ Listener = Callable[[dict[str, Any]], None]
 
 
 class Journal:
-    """Appends to a run's journal. One writer per run, guarded by the run's lock."""
+    """Appends to a run's journal. One writer per run, guarded by the run's lock.
+
+    A line leaves the queue only when it is on the disk. A write that fails, on a full disk mostly, is taken back, so
+    that the next `sync` begins at the end of a whole line with everything that is still missing.
+    """
 
     def __init__(self, path: Path, attempt: int, listener: Listener | None = None) -> None:
         _cut_torn_tail(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._closed = False
         self._attempt = attempt
         self._seq = 0
         self._unsynced: list[str] = []
         self._listener = listener
-        self._lock = asyncio.Lock()
+        self._lock = threading.Lock()
 
     def ledger(self, kind: str, **fields: Any) -> None:
         """Record what happened to prompts and completions."""
@@ -55,32 +64,69 @@ class Journal:
                 self._listener = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._unsynced.append(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+        self._unsynced.append(json_line(record))
 
     def sync_now(self) -> None:
-        """Write and fsync everything recorded so far."""
-        lines, self._unsynced = self._unsynced, []
-        if lines:
-            self._write(lines)
+        """Write and fsync everything recorded so far.
 
-    def _write(self, lines: list[str]) -> None:
-        self._file.write("\n".join(lines) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        Raises:
+            ResourceError: the disk did not take it; nothing is lost, the next call tries again.
+        """
+        with self._lock:
+            lines = list(self._unsynced)
+            if not lines:
+                return
+            try:
+                self._write("\n".join(lines) + "\n")
+            except OSError as error:
+                raise ResourceError(
+                    f"{self._path} cannot be written ({error.strerror}); free some space on its disk, "
+                    "then `sapo-ray resume` the run"
+                ) from error
+            del self._unsynced[: len(lines)]
 
-    async def sync(self) -> int:
-        """As `sync_now`, off the event loop. Returns the journal's length in bytes."""
-        async with self._lock:
-            lines, self._unsynced = self._unsynced, []
-            if lines:
-                await asyncio.to_thread(self._write, lines)
-            return self._file.tell()
+    def _write(self, text: str) -> None:
+        """All of it durably, or none of it."""
+        whole = os.fstat(self._file).st_size
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+        except OSError:
+            with suppress(OSError):  # what cannot be cut off now is a torn line to whoever opens the journal next
+                os.ftruncate(self._file, whole)
+            raise
+
+    async def sync(self) -> None:
+        """As `sync_now`, off the event loop."""
+        await asyncio.to_thread(self.sync_now)
 
     def close(self) -> None:
         """Make the rest durable and close."""
-        if not self._file.closed:
+        if self._closed:
+            return
+        self._closed = True
+        try:
             self.sync_now()
-            self._file.close()
+        finally:
+            os.close(self._file)
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """Compact JSON; a number that is not finite, which JSON does not have, is null."""
+    try:
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sapo_ray.driver.journal import Journal, read_journal
-from sapo_ray.errors import CheckpointError
+from sapo_ray.errors import CheckpointError, ResourceError
 
 
 def test_events_are_numbered_from_one_in_each_attempt_and_ledger_lines_are_not(tmp_path: Path) -> None:
@@ -32,10 +37,9 @@ async def test_a_line_torn_by_a_crash_is_cut_and_the_next_attempt_writes_a_line_
     assert [r["kind"] for r in read_journal(path)] == ["step"]
     journal = Journal(path, 2)
     journal.event("transition", state="starting")
-    length = await journal.sync()
+    await journal.sync()
     journal.close()
     assert [r["kind"] for r in read_journal(path)] == ["step", "transition"]
-    assert length == path.stat().st_size
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -52,3 +56,65 @@ def test_the_listener_hears_events_and_not_the_ledger(tmp_path: Path) -> None:
     journal.event("phase", phase="train")
     journal.close()
     assert heard == ["phase"]
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """The kernel itself refuses to write beyond `size`: first a part of the bytes, then an error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_lines_that_the_disk_did_not_take_are_written_later_once_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, 1)
+    journal.ledger("issued", group="a:0:0")
+    await journal.sync()
+    room = path.stat().st_size + 30
+    for group in ("b:0:0", "c:0:0"):
+        journal.ledger("issued", group=group)
+    with files_no_longer_than(room):
+        for _ in range(2):
+            with pytest.raises(ResourceError, match=r"journal\.jsonl cannot be written .*free some space"):
+                await journal.sync()
+        assert [r["group"] for r in read_journal(path)] == ["a:0:0"]
+        assert path.read_text().endswith("}\n"), "the half that was written is taken back"
+    journal.ledger("issued", group="d:0:0")
+    journal.close()
+    assert [r["group"] for r in read_journal(path)] == ["a:0:0", "b:0:0", "c:0:0", "d:0:0"]
+
+
+async def test_lines_stay_queued_until_they_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written, but the fsync failed: nobody knows what the disk holds, so they are written again."""
+    journal = Journal(tmp_path / "journal.jsonl", 1)
+    journal.ledger("issued", group="a:0:0")
+
+    def fails(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        with pytest.raises(ResourceError, match="No space left on device"):
+            await journal.sync()
+    journal.close()
+    assert [r["group"] for r in read_journal(tmp_path / "journal.jsonl")] == ["a:0:0"]
+
+
+def test_a_full_disk_at_the_end_is_an_error_and_the_file_is_closed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", 1)
+    journal.event("step", step=1)
+    with files_no_longer_than(0), pytest.raises(ResourceError):
+        journal.close()
+    journal.close()
+
+
+def test_a_metric_that_is_not_finite_is_null_and_does_not_end_the_run(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", 1)
+    journal.event("step", metrics={"loss": float("nan"), "norm": float("inf"), "reward": 0.5})
+    journal.close()
+    (record,) = read_journal(tmp_path / "journal.jsonl")
+    assert record["metrics"] == {"loss": None, "norm": None, "reward": 0.5}
