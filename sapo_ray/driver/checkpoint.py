@@ -20,6 +20,8 @@ from sapo_ray.driver.files import fsync, write_text
 from sapo_ray.errors import CheckpointError, ResourceError
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of a checkpoint's files; 2: no pickles of the driver."""
 _WRITING = ".writing-"
 
 
@@ -120,6 +122,11 @@ def verify(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder} has no readable manifest ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} is of format {manifest.get('format')}, this version of sapo-ray reads {FORMAT}; "
+            "go on with the version that wrote it, or start a new job from the exported model"
+        )
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -138,7 +145,7 @@ def _seal(folder: Path, step: int) -> None:
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
             fsync(path)
-    write_text(folder / MANIFEST, json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1))
 
 
 def _digest(path: Path) -> str:

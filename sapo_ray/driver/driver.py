@@ -375,16 +375,15 @@ class Driver:
         await self._parts.learner.save(folder / "learner")
         state = DriverState(
             step=self._step,
-            version=self._version(),
             prompts=self._prompts.state(),
             data_fingerprint=self._prompts.fingerprint,
             before=self._before,
             spec_hash=spec_hash(self._spec),
             updates=self._updates,
             seconds=dict(self._seconds),
-            journal_bytes=await self._journal.sync(),
         )
         await save_state(state, folder, self._window, self._parts.payloads)
+        await self._journal.sync()  # what the checkpoint stands on is durable before the checkpoint is visible
 
     async def _evaluate_if_due(self) -> None:
         every = self._spec.evaluation.every
