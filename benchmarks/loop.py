@@ -13,10 +13,11 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 from pathlib import Path
 
 from report import report
+
+from sapo_ray.temporary import temporary_folder
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 PHASES = ("generation", "training", "publish")
@@ -54,9 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sapo-bench-") as folder:
-        synchronous = step_seconds(0, arguments.steps, Path(folder))
-        overlapped = step_seconds(1, arguments.steps, Path(folder))
+    with temporary_folder() as folder:
+        synchronous = step_seconds(0, arguments.steps, folder)
+        overlapped = step_seconds(1, arguments.steps, folder)
     generation, training = synchronous["generation"], synchronous["training"]
     report(
         "loop",

@@ -13,13 +13,14 @@ import argparse
 import asyncio
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from report import report
+
+from sapo_ray.temporary import temporary_folder
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -138,17 +139,17 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 3])
     arguments = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory(prefix="sapo-") as folder:
+    with temporary_folder() as folder:
         ray.init(
             num_cpus=8,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=2 << 30,
-            _temp_dir=str(Path(folder) / "ray"),
+            _temp_dir=str(folder / "r"),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
         )
         for name in arguments.models:
-            model = make_model(name, Path(folder) / name)
+            model = make_model(name, folder / name)
             rows += [
                 asyncio.run(measure(name, model, stage, arguments.workers, arguments.rounds))
                 for stage in arguments.stages

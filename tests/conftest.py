@@ -25,18 +25,18 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One local Ray for all tests of a session."""
-    import tempfile
-
     import ray
 
+    from sapo_ray.temporary import temporary_folder
+
     # Socket paths are limited to about 100 characters, so not under pytest's long temporary path.
-    with tempfile.TemporaryDirectory(prefix="sapo-") as folder:
+    with temporary_folder() as folder:
         ray.init(
             num_cpus=16,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=1 << 30,
-            _temp_dir=folder,
+            _temp_dir=str(folder / "r"),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
         )
         yield
