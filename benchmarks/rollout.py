@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from sapo_ray.models.publish import publish_folder
 from sapo_ray.models.warm_start import warm_start
 from sapo_ray.rollout.engine import CPU_ENVIRONMENT, ENVIRONMENT, engine_arguments
 from sapo_ray.rollout.pool import RolloutPool
+from sapo_ray.temporary import temporary_folder
 from sapo_ray.types import GroupRequest, PolicyVersion, Published, SampleRequest, WeightsManifest
 
 Tokens = Callable[[list[GroupRequest]], Awaitable[int]]
@@ -83,11 +83,11 @@ def job(folder: Path, case: Case) -> JobSpec:
 
 
 def bare_engine(spec: JobSpec, folder: Path) -> Any:
-    """vLLM with the worker's arguments, but for what weight updates need."""
+    """vLLM with the worker's arguments, but for what weight updates need; as the worker's, it leaves no semaphores."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    ours = ("worker_extension_cls", "weight_transfer_config", "scheduling_policy")
+    ours = ("weight_transfer_config", "scheduling_policy")
     arguments = {key: value for key, value in engine_arguments(spec, str(folder)).items() if key not in ours}
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
@@ -136,13 +136,14 @@ def cpu_seconds() -> float:
 async def measure(case: Case, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = case.model(Path(name))
+    with temporary_folder() as scratch:
+        folder = case.model(scratch / "model")
         spec = job(folder, case)
         requests = case.requests(AutoTokenizer.from_pretrained(folder))
         canary = tuple(request.prompt_token_ids for request in requests[:4])
         pool, engine = RolloutPool(spec, str(folder)), bare_engine(spec, folder)
         try:
+            await engine.collective_rpc("release_semaphore_names")
             await pool.start()
             *buckets, manifest = publish_folder(folder, PolicyVersion(1, 0), "float32", canary)
             assert isinstance(manifest, WeightsManifest)
@@ -203,7 +204,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     os.environ.update(CPU_ENVIRONMENT | ENVIRONMENT)
-    with tempfile.TemporaryDirectory(prefix="sapo-") as scratch:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=scratch)
+    with temporary_folder() as scratch:
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=str(scratch / "r"))
         asyncio.run(main(arguments.rounds))
         ray.shutdown()
