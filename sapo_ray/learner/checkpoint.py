@@ -4,18 +4,22 @@
     deepspeed/          DeepSpeed's own files: module and optimizer, one part per rank
     random-<rank>.pt    random states of each rank
 
-The driver makes the folder, and makes it durable and visible; here nothing but files in it is written. With the same
-number of ranks a load is exact to the bit. With another number, ZeRO's partitions are first converted to DeepSpeed's
-universal layout, beside the checkpoint, and removed after.
+The driver makes the folder, and makes it durable and visible; here nothing but files in it is written. A load is exact
+to the bit; it takes the same number of ranks, ZeRO stage and dtype.
+
+The files are pickles, read by torch's restricted loader, which builds tensors, plain containers and SAFE_GLOBALS and
+refuses everything else: a checkpoint from somebody else can hold wrong numbers, but no code.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import pkgutil
 import random
-import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,16 @@ from sapo_ray.errors import CheckpointError
 from sapo_ray.learner.engine import Place
 
 TAG = "deepspeed"
-UNIVERSAL = "universal"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 DESCRIPTION = "learner.json"
+SAFE_GLOBALS = (
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment:fragment_address",
+)
+"""What DeepSpeed's own files hold beyond tensors and plain containers: three records of plain values."""
+UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, pickle.UnpicklingError)
+"""What a damaged or foreign file raises when it is loaded."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,21 +66,19 @@ def save(engine: Any, folder: Path, place: Place, spec: JobSpec, progress: Progr
 def load(engine: Any, folder: Path, place: Place, spec: JobSpec) -> Progress:
     """Restore this rank's part. Collective. Raises CheckpointError."""
     about = describe(folder)
-    for key, now in (("zero_stage", spec.learner.zero_stage), ("dtype", spec.model.dtype)):
-        if about[key] != now:
-            setting = "learner.zero_stage" if key == "zero_stage" else "model.dtype"
+    now = {"learner.ranks": place.ranks, "learner.zero_stage": spec.learner.zero_stage, "model.dtype": spec.model.dtype}
+    for setting, value in now.items():
+        if (then := about[setting.partition(".")[2]]) != value:
             raise CheckpointError(
-                f"{setting} is {now}, but the checkpoint in {folder} was written with {about[key]}; "
-                f"set it to {about[key]}, or start a new job from the exported model"
+                f"{setting} is {value}, but the checkpoint in {folder} was written with {then}; "
+                f"set it to {then}, or start a new job from the exported model"
             )
-    same_ranks = about["ranks"] == place.ranks
-    if same_ranks or spec.learner.zero_stage == 0:
-        _load_deepspeed(engine, folder, TAG)
-    else:
-        _load_converted(engine, folder, place)
-    states = folder / f"random-{place.rank}.pt"
-    if same_ranks:
-        _set_random_states(torch.load(states, weights_only=False))
+    with _restricted(folder):
+        path, _ = engine.load_checkpoint(str(folder), tag=TAG)
+        states = torch.load(folder / f"random-{place.rank}.pt")
+    if path is None:
+        raise CheckpointError(f"the learner checkpoint in {folder} is empty; choose an earlier checkpoint")
+    _set_random_states(states)
     return Progress(steps=about["steps"], nonfinite_in_row=about["nonfinite_in_row"])
 
 
@@ -83,60 +93,42 @@ def describe(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _load_deepspeed(engine: Any, folder: Path, tag: str) -> None:
+@contextmanager
+def _restricted(folder: Path) -> Iterator[None]:
+    """Whatever is unpickled meanwhile, by DeepSpeed too, is read by the restricted loader. Raises CheckpointError."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"  # DeepSpeed asks for the unrestricted loader; this overrules it
     try:
-        path, _ = engine.load_checkpoint(str(folder), tag=tag)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError) as error:
+        with torch.serialization.safe_globals([pkgutil.resolve_name(name) for name in SAFE_GLOBALS]):
+            yield
+    except UNREADABLE as error:
         raise CheckpointError(
             f"the learner checkpoint in {folder} cannot be loaded: {error}; choose an earlier checkpoint"
         ) from error
-    if path is None:
-        raise CheckpointError(f"the learner checkpoint in {folder} is empty; choose an earlier checkpoint")
-
-
-def _load_converted(engine: Any, folder: Path, place: Place) -> None:
-    """Load a checkpoint of another number of ranks by way of the universal layout."""
-    scratch = folder.parent / f".{folder.name}-for-{place.ranks}-ranks"
-    if place.rank == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        problem = _convert(folder / TAG, scratch / UNIVERSAL)
-    outcome = [problem if place.rank == 0 else None]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise CheckpointError(
-            f"the checkpoint in {folder} was written by {describe(folder)['ranks']} ranks and could not be converted "
-            f"for learner.ranks {place.ranks}; set learner.ranks to {describe(folder)['ranks']}. {outcome[0]}"
-        )
-    engine._config.load_universal_checkpoint = True
-    try:
-        _load_deepspeed(engine, scratch, UNIVERSAL)
     finally:
-        engine._config.load_universal_checkpoint = False
-        torch.distributed.barrier()
-        if place.rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _convert(source: Path, target: Path) -> str | None:
-    """Run DeepSpeed's converter; returns what it said if it failed."""
-    target.parent.mkdir(parents=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return None if result.returncode == 0 else result.stderr[-2000:] or f"exit code {result.returncode}"
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """Tensors and plain values only, so that the restricted loader reads them."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
+    name, keys, *rest = states["numpy"]
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,4 +1,4 @@
-"""Saving and loading the learners: the same to the bit, with another number of ranks, and what is refused."""
+"""Saving and loading the learners: the same to the bit, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
-from learner_probe import Learners, job, make_samples, tensors
+from learner_probe import Learners, job, make_samples
 
 from sapo_ray.errors import CheckpointError
 from sapo_ray.types import PolicyVersion
@@ -20,7 +19,8 @@ V1 = PolicyVersion(1, 1)
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16")]
+    ("stage", "dtype"),
+    [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16")],
 )
 async def test_what_follows_a_load_is_the_same_to_the_bit(
     learners: Learners, tmp_path: Path, stage: int, dtype: str
@@ -60,33 +60,6 @@ async def test_a_killed_group_goes_on_from_its_checkpoint_in_new_processes(learn
     assert not set(group.pids()) & set(old)
     await group.load(tmp_path)
     assert (await group.train(1, make_samples(1))).details == expected
-
-
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-async def test_a_checkpoint_can_be_loaded_by_another_number_of_ranks(
-    learners: Learners, tmp_path: Path, stage: int, before: int, after: int
-) -> None:
-    checkpoint = tmp_path / "learner"
-    checkpoint.mkdir()
-    group = await learners.with_job(job(learners.model, zero_stage=stage, ranks=before))
-    await group.train(0, make_samples(0))
-    await group.save(checkpoint)
-    saved = await group.publish(V1)
-    expected = await group.train(1, make_samples(1))
-    follows = tensors(await group.publish(V1))
-
-    group = await learners.with_job(job(learners.model, zero_stage=stage, ranks=after))
-    await group.load(checkpoint)
-    loaded = await group.publish(V1)
-    assert loaded.manifest.fingerprint == saved.manifest.fingerprint
-    report = await group.train(1, make_samples(1))
-    assert report.details[0].lr == expected.details[0].lr
-    assert report.details[0].loss == pytest.approx(expected.details[0].loss, rel=1e-4, abs=1e-6)
-    # The optimizer's moments came along: the next weights agree far closer than a fresh AdamW's would.
-    for name, tensor in tensors(await group.publish(V1)).items():
-        np.testing.assert_allclose(tensor.numpy(), follows[name].numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["learner"], "the converted copy is gone"
 
 
 async def test_another_zero_stage_is_refused_with_the_way_out(learners: Learners, tmp_path: Path) -> None:
