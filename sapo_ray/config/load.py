@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sapo_ray.config import yaml_text
 from sapo_ray.config.keys import dotted
 from sapo_ray.config.overrides import apply_overrides, parse_overrides
+from sapo_ray.config.packages import check_packages
 from sapo_ray.config.problems import describe
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
@@ -23,10 +24,11 @@ RESUMABLE = ("steps", "rollout.workers", "checkpoint", "evaluation", "logging", 
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job in a YAML file, with `key=value` overrides over it.
+    """The job in a YAML file, with `key=value` overrides over it, to be run on this machine.
 
     Raises:
-        ConfigError: the file is missing, empty or not YAML, or the job is wrong; the message lists all problems.
+        ConfigError: the file is missing, empty or not YAML, or the job is wrong; the message lists all problems. Or it
+            needs a package that is not installed.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -43,7 +45,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
         raise ConfigError(f"{path} is empty; the smallest job is `preset: quickstart`")
     if not isinstance(job, Mapping):
         raise ConfigError(f"{path} must hold `key: value` lines, got a {_kind(job)}; see docs/jobs.md")
-    return resolve(job, overrides, source=str(path))
+    return check_packages(resolve(job, overrides, source=str(path)))
 
 
 def resolve(job: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "job") -> JobSpec:
@@ -114,7 +116,7 @@ def resume_job(stored: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Job
         ConfigError: an override is wrong, or changes what a resume may not.
     """
     old = resolve(stored, source="stored job")
-    new = resolve(stored, overrides, source="resume")
+    new = check_packages(resolve(stored, overrides, source="resume"))
     return new, check_resume(old, new)
 
 

@@ -40,10 +40,9 @@ from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector, GradedGroup
 from sapo_ray.driver.evaluation import Evaluation, evaluate
 from sapo_ray.driver.journal import Journal
-from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Verifiers
+from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.rundir import superseded
 from sapo_ray.driver.state import DriverState, restore_window, save_state
-from sapo_ray.driver.tracking import Tracker
 from sapo_ray.driver.window import Entry, Window
 from sapo_ray.errors import DeadlineExceeded, TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sapo_ray.errors import CheckpointError, ResourceError
+from sapo_ray.errors import CheckpointError, ResourceError, SapoRayError
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +38,31 @@ class Journal:
 
     def __init__(self, path: Path, attempt: int, listener: Listener | None = None) -> None:
         _cut_torn_tail(path)
-        self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.path = path
+        self.attempt = attempt
+        self.seq = 0
+        """Number of the newest event, be it on the disk or not."""
+        self.start = self.durable = os.fstat(self._file).st_size
+        """Bytes in the file when this attempt began; bytes that are on the disk."""
         self._closed = False
-        self._attempt = attempt
-        self._seq = 0
+        self._fence: SapoRayError | None = None
         self._unsynced: list[str] = []
         self._listener = listener
+        self._order = threading.Lock()
         self._lock = threading.Lock()
 
     def ledger(self, kind: str, **fields: Any) -> None:
         """Record what happened to prompts and completions."""
-        self._append({"time": time.time(), "attempt": self._attempt, "kind": kind, **fields})
+        with self._order:
+            self._append({"time": time.time(), "attempt": self.attempt, "kind": kind, **fields})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record something people or the control plane should hear of, and tell the listener."""
-        self._seq += 1
-        record = {"time": time.time(), "attempt": self._attempt, "seq": self._seq, "kind": kind, **fields}
-        self._append(record)
+        with self._order:
+            record = {"time": time.time(), "attempt": self.attempt, "seq": self.seq + 1, "kind": kind, **fields}
+            self._append(record)
+            self.seq += 1
         if self._listener is not None:
             try:
                 self._listener(record)
@@ -64,7 +71,15 @@ class Journal:
                 self._listener = None
 
     def _append(self, record: dict[str, Any]) -> None:
+        if self._fence is not None:
+            raise type(self._fence)(str(self._fence))
         self._unsynced.append(json_line(record))
+
+    def fence(self, reason: SapoRayError) -> None:
+        """Write no more, from this moment on: the run is another attempt's. Every later call raises `reason`."""
+        with self._lock:
+            self._fence = reason
+            self._unsynced.clear()
 
     def sync_now(self) -> None:
         """Write and fsync everything recorded so far.
@@ -73,6 +88,8 @@ class Journal:
             ResourceError: the disk did not take it; nothing is lost, the next call tries again.
         """
         with self._lock:
+            if self._fence is not None:
+                raise type(self._fence)(str(self._fence))
             lines = list(self._unsynced)
             if not lines:
                 return
@@ -80,7 +97,7 @@ class Journal:
                 self._write("\n".join(lines) + "\n")
             except OSError as error:
                 raise ResourceError(
-                    f"{self._path} cannot be written ({error.strerror}); free some space on its disk, "
+                    f"{self.path} cannot be written ({error.strerror}); free some space on its disk, "
                     "then `sapo-ray resume` the run"
                 ) from error
             del self._unsynced[: len(lines)]
@@ -93,6 +110,7 @@ class Journal:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
             os.fsync(self._file)
+            self.durable = os.fstat(self._file).st_size
         except OSError:
             with suppress(OSError):  # what cannot be cut off now is a torn line to whoever opens the journal next
                 os.ftruncate(self._file, whole)
@@ -108,7 +126,8 @@ class Journal:
             return
         self._closed = True
         try:
-            self.sync_now()
+            if self._fence is None:
+                self.sync_now()
         finally:
             os.close(self._file)
 

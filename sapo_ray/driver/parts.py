@@ -113,3 +113,11 @@ class Payloads(Protocol):
     async def log_texts(self, path: Path, rows: list[dict[str, Any]], refs: list[Ref]) -> None:
         """Append `rows`, each with the `completion` text of its payload, to a JSONL file."""
         ...
+
+
+class Tracker(Protocol):
+    """Takes one row of metrics a step. `log` is called in the loop: it must not wait for anybody."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...

@@ -10,7 +10,8 @@ import json
 import platform
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -31,6 +32,7 @@ from sapo_ray.driver.driver import Driver, Outcome, Parts
 from sapo_ray.driver.files import write_text
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.journal import Journal, Listener
+from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import open_trackers
@@ -92,7 +94,8 @@ def _journalled(spec: JobSpec, run_dir: Path, listener: Listener | None, changes
             run_dir / "model",
             lambda step, loss, accuracy: journal.event("warm_start", step=step, loss=loss, accuracy=accuracy),
         )
-        outcome = asyncio.run(_run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint))
+        with _trackers(spec, run_dir, _step_of(checkpoint), journal) as trackers:
+            outcome = asyncio.run(_run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers))
         result |= {"status": "succeeded"} | _summary(outcome, run_dir)
         journal.event("transition", state="succeeded", reason="all steps were taken")
     except BaseException as error:
@@ -110,6 +113,21 @@ def _journalled(spec: JobSpec, run_dir: Path, listener: Listener | None, changes
     return result
 
 
+@contextmanager
+def _trackers(spec: JobSpec, run_dir: Path, resume_step: int, journal: Journal) -> Iterator[list[Tracker]]:
+    """Open around the loop, not in it: closing one may take a while, and nothing else is under way then."""
+
+    def warn(reason: str) -> None:
+        journal.event("condition", condition="TrackerTrouble", reason=reason)
+
+    trackers = open_trackers(spec, run_dir, resume_step, warn)
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
 async def _run(
     spec: JobSpec,
     inputs: Inputs,
@@ -118,6 +136,7 @@ async def _run(
     journal: Journal,
     checkpoints: Checkpoints,
     checkpoint: Path | None,
+    trackers: list[Tracker],
 ) -> Outcome:
     """Start the pools, drive them, export; end everything whatever happens."""
     journal.event("phase", phase="start")
@@ -134,7 +153,6 @@ async def _run(
         main_task = asyncio.current_task()
         assert main_task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)  # as Ctrl-C: end in order
-        trackers = open_trackers(spec, run_dir, _step_of(checkpoint))
         try:
             # Each bounds its own start and names what it waits for.
             await asyncio.gather(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
@@ -164,8 +182,6 @@ async def _run(
             await _export(outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s)
             return outcome
         finally:
-            for tracker in trackers:
-                tracker.close()
             closed = await asyncio.gather(
                 parts.rollouts.close(), parts.verifiers.close(), parts.learner.close(), return_exceptions=True
             )

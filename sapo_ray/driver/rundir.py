@@ -5,7 +5,7 @@ journal.jsonl    ledger and events                    samples.jsonl   texts of a
 attempt          number of the newest attempt         tensorboard/    the same metrics
 model/           a builtin model, if one was made     checkpoints/    see checkpoint.py
 logs/            what the actors printed              export/         the trained model, Hugging Face format
-result.json      how it ended
+result.json      how it ended                         tracking.json   runs of Weights & Biases and MLflow
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from fakes import job
 
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, superseded, write_spec
-from sapo_ray.driver.tracking import MetricsFile, open_trackers
+from sapo_ray.driver.tracking import MetricsFile
 from sapo_ray.errors import CheckpointError, ConfigError
 
 
@@ -63,27 +63,3 @@ def test_metrics_of_an_abandoned_lineage_are_taken_out_on_resume(tmp_path: Path)
         {"step": 2, "loss": 0.2},
         {"step": 3, "loss": 9.0},
     ]
-
-
-def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trackers = open_trackers(job(), tmp_path, 0)
-    for step, value in ((1, 0.25), (2, 0.5)):
-        for tracker in trackers:
-            tracker.log(step, {"reward/mean": value})
-    for tracker in trackers:
-        tracker.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
-
-
-@pytest.mark.parametrize(("key", "package"), [("wandb_project", "wandb"), ("mlflow_uri", "mlflow")])
-def test_a_tracker_that_is_not_installed_is_named_with_the_way_out(
-    tmp_path: Path, key: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        ConfigError, match=rf"logging\.{key} is set but {package} is not installed: pip install {package}"
-    ):
-        open_trackers(job(logging={key: "x"}), tmp_path, 0)
