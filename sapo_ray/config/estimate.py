@@ -14,8 +14,8 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_LOGIT_SHARE, _LOGIT_ELEMENTS = 32, 1 << 22
-"""The learner holds logits of 1/32 of a micro-batch's tokens at once, or of as many as fill 4M elements."""
+_LOGIT_SHARE, _LOGIT_ELEMENTS = 32, 1 << 21
+"""The learner holds logits of 1/32 of a micro-batch's tokens at once, or of as many as fill 2M elements."""
 _MB = 1 << 20
 
 

@@ -2,7 +2,7 @@
 
 Ranks work in collectives, so a rank that dies leaves the others waiting. Every call therefore watches all ranks at
 once: the first failure ends the call, the remaining ranks are killed, and the caller hears which rank was lost. Every
-wait has a bound and a name. A group that failed is not used again; its owner starts a new one from the last checkpoint.
+wait has a bound and a name. A group that failed is not used again: a new one loads the last checkpoint.
 
     spec.deadlines.start_s       actors placed, model loaded, engines ready
     spec.deadlines.step_s        train

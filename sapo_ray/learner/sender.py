@@ -21,8 +21,8 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.learner.engine import Place
 from sapo_ray.learner.zero import gathered, is_partitioned, whole_shape
 from sapo_ray.types import Canary, PolicyVersion, TensorMeta, WeightsManifest
-from sapo_ray.weights.buckets import Bucket, Slot, plan_buckets, tensor_at
-from sapo_ray.weights.fingerprint import checksum64, fingerprint
+from sapo_ray.weights.buckets import Bucket, Slot, plan_buckets, tensor_at, tensor_meta
+from sapo_ray.weights.fingerprint import fingerprint
 
 
 class Sender:
@@ -57,7 +57,7 @@ class Sender:
         for number, bucket in enumerate(self.buckets):
             with self._filled(bucket, sends) as raw:
                 if sends:
-                    metas += [self._meta(slot, number, raw) for slot in bucket.slots]
+                    metas += [tensor_meta(slot, number, raw, self.dtype) for slot in bucket.slots]
                     if not pushed:
                         yield raw.numpy()
         # Only under ZeRO-3 is a forward pass a collective; elsewhere the other ranks have nothing to add.
@@ -100,17 +100,6 @@ class Sender:
 
     def _view(self, slot: Slot, raw: torch.Tensor) -> torch.Tensor:
         return tensor_at(raw, slot.offset, slot.nbytes, self.dtype, slot.shape)
-
-    def _meta(self, slot: Slot, bucket: int, raw: torch.Tensor) -> TensorMeta:
-        return TensorMeta(
-            name=slot.name,
-            dtype=str(self.dtype).removeprefix("torch."),
-            shape=slot.shape,
-            bucket=bucket,
-            offset=slot.offset,
-            nbytes=slot.nbytes,
-            checksum=checksum64(self._view(slot, raw)),
-        )
 
     @torch.no_grad()
     def _canary(self) -> Canary:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from sapo_ray.types import Canary, PolicyVersion, TensorMeta, WeightsManifest
-from sapo_ray.weights.buckets import plan_buckets, tensor_at
-from sapo_ray.weights.fingerprint import checksum64, fingerprint
+from sapo_ray.types import Canary, PolicyVersion, WeightsManifest
+from sapo_ray.weights.buckets import plan_buckets, tensor_at, tensor_meta
+from sapo_ray.weights.fingerprint import fingerprint
 
 
 def publish_model(
@@ -28,19 +28,8 @@ def publish_model(
     for number, bucket in enumerate(buckets):
         raw = torch.zeros(bucket.nbytes, dtype=torch.uint8)
         for slot in bucket.slots:
-            view = tensor_at(raw, slot.offset, slot.nbytes, dtype, slot.shape)
-            view.copy_(parameters[slot.name].detach())
-            metas.append(
-                TensorMeta(
-                    name=slot.name,
-                    dtype=str(dtype).removeprefix("torch."),
-                    shape=slot.shape,
-                    bucket=number,
-                    offset=slot.offset,
-                    nbytes=slot.nbytes,
-                    checksum=checksum64(view),
-                )
-            )
+            tensor_at(raw, slot.offset, slot.nbytes, dtype, slot.shape).copy_(parameters[slot.name].detach())
+            metas.append(tensor_meta(slot, number, raw, dtype))
         yield raw.numpy()
     yield WeightsManifest(
         version=version,

@@ -12,6 +12,9 @@ from math import prod
 
 import torch
 
+from sapo_ray.types import TensorMeta
+from sapo_ray.weights.fingerprint import checksum64
+
 ALIGNMENT = 64
 
 
@@ -53,3 +56,16 @@ def plan_buckets(shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dty
 def tensor_at(buffer: torch.Tensor, offset: int, nbytes: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """View of one tensor inside a bucket's bytes (uint8 [N])."""
     return buffer[offset : offset + nbytes].view(dtype).view(*shape)
+
+
+def tensor_meta(slot: Slot, bucket: int, buffer: torch.Tensor, dtype: torch.dtype) -> TensorMeta:
+    """What a manifest says of the tensor that lies in `slot` of bucket number `bucket`, whose bytes are `buffer`."""
+    return TensorMeta(
+        name=slot.name,
+        dtype=str(dtype).removeprefix("torch."),
+        shape=slot.shape,
+        bucket=bucket,
+        offset=slot.offset,
+        nbytes=slot.nbytes,
+        checksum=checksum64(tensor_at(buffer, slot.offset, slot.nbytes, dtype, slot.shape)),
+    )

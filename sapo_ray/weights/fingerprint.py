@@ -6,8 +6,9 @@ repacks them), with the same integer arithmetic on CPU and GPU:
     checksum = sum_i  x_i * m(i)   mod 2**64
 
 where x_i are the bytes read as 64-bit words (the last one padded with zeros) and m(i) is a fixed odd 64-bit
-multiplier of position i. Odd multipliers are units modulo 2**64, so any change of a single word changes the sum,
-and multipliers of distinct positions differ, so exchanged words do too. It detects damage, not malice.
+multiplier of position i. Odd multipliers are units modulo 2**64, so any change of a single word changes the sum.
+Changes of several words can cancel: for random ones, exchanged words included, the chance is 2**-64; an even number of
+words that change in their highest bit alone always do. It detects damage, not malice.
 """
 
 from __future__ import annotations

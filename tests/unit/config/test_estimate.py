@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from sapo_ray.algorithms.token_logprobs import default_chunk_tokens
 from sapo_ray.config.architecture import Architecture, find_architecture
-from sapo_ray.config.estimate import estimate, size
+from sapo_ray.config.estimate import _LOGIT_ELEMENTS, _LOGIT_SHARE, estimate, size
 from sapo_ray.config.load import resolve
 from sapo_ray.config.spec import ModelSpec
 from sapo_ray.errors import ConfigError
@@ -196,3 +197,10 @@ def test_the_table_names_the_stage_in_use():
     assert table["parameters"] == "138,112"
     assert table["learner rank, ZeRO 2"].startswith("7")
     assert "optimizer 828.7 kB" in table["learner rank, ZeRO 2"]
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(2048, 99), (8192, 16_384), (16_384, 151_936), (10, 151_936)])
+def test_the_blocks_of_logits_counted_are_those_that_the_learner_makes(tokens: int, vocabulary: int) -> None:
+    made = default_chunk_tokens(tokens, vocabulary) * vocabulary
+    counted = min(tokens * vocabulary, max(-(-tokens // _LOGIT_SHARE) * vocabulary, _LOGIT_ELEMENTS))
+    assert made <= counted < made + vocabulary
