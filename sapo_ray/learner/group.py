@@ -32,6 +32,7 @@ from sapo_ray.learner.engine import Place
 from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport, step_report
 from sapo_ray.learner.worker import LearnerWorker
 from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
+from sapo_ray.weights.canary import canary_sequences
 
 DEATH_NOTICE_S = 5.0
 """How long after a rank's error another rank's death may become known: a peer's death shows first as a broken
@@ -83,9 +84,8 @@ class LearnerGroup:
     # -- verbs ---------------------------------------------------------------------------------------------------
 
     async def set_canary(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Sequences by which receivers of published weights are tested (I3); at least two tokens each."""
-        fixed = tuple(tuple(int(token) for token in sequence) for sequence in sequences)
-        assert all(len(sequence) > 1 for sequence in fixed), fixed
+        """Sequences by which receivers of published weights are tested (I3). Raises as canary_sequences does."""
+        fixed = canary_sequences(sequences)
         end = time.monotonic() + self.spec.deadlines.publish_s
         await self._on_all("set_canary", "learner set_canary (deadlines.publish_s)", end, fixed)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from sapo_ray.types import Canary, PolicyVersion, WeightsManifest
 from sapo_ray.weights.buckets import plan_buckets, tensor_at, tensor_meta
+from sapo_ray.weights.canary import canary_sequences
 from sapo_ray.weights.fingerprint import fingerprint
 
 
@@ -18,10 +19,13 @@ def publish_model(
     model: torch.nn.Module,
     version: PolicyVersion,
     dtype: torch.dtype,
-    canary_sequences: tuple[tuple[int, ...], ...],
+    canary_prompts: tuple[tuple[int, ...], ...],
     bucket_bytes: int = 256 << 20,
 ) -> Iterator[np.ndarray | WeightsManifest]:
-    """Yield each bucket (uint8 [nbytes]) and, last, the manifest with checksums, fingerprint and canary."""
+    """Yield each bucket (uint8 [nbytes]) and, last, the manifest with checksums, fingerprint and canary.
+
+    Raises DataError when no canary can be made of `canary_prompts` (see weights.canary).
+    """
     parameters = dict(model.named_parameters())
     buckets = plan_buckets([(name, tuple(p.shape)) for name, p in parameters.items()], dtype, bucket_bytes)
     metas = []
@@ -36,7 +40,7 @@ def publish_model(
         fingerprint=fingerprint(version, metas),
         tensors=tuple(metas),
         bucket_nbytes=tuple(bucket.nbytes for bucket in buckets),
-        canary=canary_of(model, canary_sequences),
+        canary=canary_of(model, canary_sequences(canary_prompts)),
         transport="shared_memory",
     )
 
@@ -45,14 +49,14 @@ def publish_folder(
     folder: Path,
     version: PolicyVersion,
     dtype_name: str,
-    canary_sequences: tuple[tuple[int, ...], ...],
+    canary_prompts: tuple[tuple[int, ...], ...],
     bucket_bytes: int = 256 << 20,
     trust_remote_code: bool = False,
 ) -> Iterator[np.ndarray | WeightsManifest]:
     """`publish_model` of a Hugging Face folder, in `dtype_name`."""
     dtype = getattr(torch, dtype_name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    yield from publish_model(model.eval(), version, dtype, canary_sequences, bucket_bytes)
+    yield from publish_model(model.eval(), version, dtype, canary_prompts, bucket_bytes)
 
 
 @torch.no_grad()
