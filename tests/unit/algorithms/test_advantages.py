@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import get_args
 
 import pytest
@@ -15,8 +16,10 @@ from sapo_ray.algorithms.advantages import (
     advantages,
     has_signal,
     loss_weights,
+    mean_and_std,
     overlong_penalty,
 )
+from sapo_ray.errors import TrainingFailed
 
 KINDS = get_args(AdvantageKind)
 # Mean 0.25, squared deviations .5625 + 3 x .0625 = 0.75, unbiased std sqrt(0.75 / 3) = 0.5.
@@ -72,6 +75,36 @@ def test_advantages_of_a_group_sum_to_0_and_keep_the_order_of_rewards(
     for reward, advantage in zip(rewards, got, strict=True):
         for other, other_advantage in zip(rewards, got, strict=True):
             assert (reward > other) == (advantage > other_advantage)
+
+
+@pytest.mark.parametrize("size", [1e99, 1e160, 1e200, 1.7e308])
+def test_huge_rewards_give_the_advantages_of_the_same_rewards_made_small(size: float) -> None:
+    """(R - mean) / std does not depend on the unit of R; at these sizes the 1e-6 beside the std is nothing."""
+    unit = [[0.75 * 2, -0.25 * 2, -0.25 * 2, -0.25 * 2]]
+    for kind in ("group_std", "batch_std"):
+        assert advantages(kind, [[size, 0.0, 0.0, 0.0]]) == [pytest.approx(unit[0], rel=1e-12)]
+        got = advantages(kind, [[size, -size]])[0]
+        assert got == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["group_mean", "rloo"])
+def test_advantages_beyond_float32_are_an_error_that_names_the_way_out(kind: AdvantageKind) -> None:
+    assert advantages(kind, [[1e6, 0.0]])[0][0] == {"group_mean": 5e5, "rloo": 1e6}[kind]
+    for size in (1e50, 1e200, 1.7e308):
+        with pytest.raises(TrainingFailed, match=rf"advantages beyond float32 with algorithm.advantage: {kind}; bound"):
+            advantages(kind, [[size, -size]])
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
+def test_mean_and_std_are_those_of_statistics(values: list[float]) -> None:
+    mean, std = mean_and_std(values)
+    assert mean == pytest.approx(statistics.fmean(values), rel=1e-12, abs=1e-9)
+    assert std == pytest.approx(statistics.pstdev(values), rel=1e-6, abs=1e-6)
+
+
+def test_mean_and_std_of_huge_values_are_finite() -> None:
+    assert mean_and_std([1.7e308, 1.7e308, -1.7e308, -1.7e308]) == (0.0, 1.7e308)
+    assert mean_and_std([1e200, 0.0]) == (5e199, 5e199)
 
 
 def test_an_unknown_advantage_is_refused_by_name() -> None:
