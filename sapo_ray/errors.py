@@ -10,6 +10,7 @@
     |-- CheckpointError      a checkpoint is missing, damaged, or does not fit the job
     |-- ResourceError        too little disk, memory, shared memory or cluster capacity
     `-- TrainingFailed       the run itself cannot go on: says why and what was kept
+        `-- Superseded       another attempt has the run; this one ends at once and writes no more
 
 All are picklable with their message alone, because they cross process borders.
 """
@@ -53,3 +54,7 @@ class ResourceError(SapoRayError):
 
 class TrainingFailed(SapoRayError):
     """The run cannot go on."""
+
+
+class Superseded(TrainingFailed):
+    """Another attempt has the run; this one ends at once and writes no more."""

@@ -12,9 +12,11 @@
     _next_batch     graded groups         a Batch             the next group in issue order Collector
     _train          a Batch               new weights         the learner                   the learner
     _publish        new weights           a version           the workers' takeover         the rollout pool
+    _pause          running groups        a checkpoint        them, within their deadline   the rollout pool
 
 `max_staleness` is only the number of slots: (max_staleness + 1) batches. With 0, nothing is generated while the learner
 works and every sample is on-policy; with k, generation runs k batches ahead. There is no second loop.
+Orders of a control plane (orders.py) are looked at between the end of one step and the issue for the next.
 
 The driver sees ids, lengths, versions, rewards and refs; tokens and tensors never pass through it.
 """
@@ -40,11 +42,12 @@ from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector, GradedGroup
 from sapo_ray.driver.evaluation import Evaluation, evaluate
 from sapo_ray.driver.journal import Journal
+from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.rundir import superseded
 from sapo_ray.driver.state import DriverState, restore_window, save_state
 from sapo_ray.driver.window import Entry, Window
-from sapo_ray.errors import DeadlineExceeded, TrainingFailed
+from sapo_ray.errors import DeadlineExceeded, Superseded, TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
 
 ERROR_RATE_CONDITION = 0.05
@@ -67,8 +70,10 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a finished run achieved."""
+    """What a run achieved until it ended."""
 
+    ending: Ending | None
+    """The order that ended it before its last step, if one did."""
     steps: int
     before: Evaluation | None
     after: Evaluation | None
@@ -92,6 +97,7 @@ class Driver:
         journal: Journal,
         checkpoints: Checkpoints,
         trackers: list[Tracker],
+        orders: StandingOrders | None = None,
     ) -> None:
         self._spec = spec
         self._objective = objective
@@ -103,6 +109,7 @@ class Driver:
         self._journal = journal
         self._checkpoints = checkpoints
         self._trackers = trackers
+        self._orders = orders or StandingOrders()
         self._collector = Collector(spec, parts.rollouts, parts.verifiers, journal)
         self._window = Window(capacity=(spec.rollout.max_staleness + 1) * spec.rollout.prompts_per_step)
         self._step = self._updates = 0
@@ -114,31 +121,23 @@ class Driver:
         self._evaluation_metrics: dict[str, float] = {}
 
     async def run(self, checkpoint: Path | None) -> Outcome:
-        """Train to the last step, from the start or from `checkpoint`."""
+        """Train to the last step, from the start or from `checkpoint`; or until an order ends it before that."""
+        ending: Ending | None
+        after = None
         try:
-            await self._begin(checkpoint)
-            self._journal.event("phase", phase="train", step=self._step, steps=self._spec.steps)
-            while self._step < self._spec.steps:
-                self._stop_if_superseded()
-                self._drops.clear()
-                began = time.monotonic()
-                batch = await self._next_batch()
-                metrics = await self._train(batch)
-                metrics |= await self._publish()
-                metrics["seconds/step"] = time.monotonic() - began
-                self._window.release()
-                self._fill()
-                await self._evaluate_if_due()
-                await self._record(batch, metrics)
-                await self._checkpoint_if_due()
-            if self._updates == 0:
-                raise TrainingFailed("no optimizer update was made: each had a gradient that was not finite")
-            after = await self._evaluate("evaluate_after", sampled=True)
-            for tracker in self._trackers[1:]:  # metrics.jsonl has one row a step; its last one is written
-                tracker.log(self._step, self._evaluation_metrics)
+            state = await self._begin(checkpoint)
+            try:
+                async with self._orders.heeded(self._orders.step_patience):
+                    await self._issue_first(state, checkpoint)
+                    ending = await self._take_steps()
+                    if ending is None:
+                        after = await self._finish()
+            except Ended as order:  # the step under way was abandoned
+                ending = order.state
             assert self._published is not None
             return Outcome(
-                steps=self._step,
+                ending=ending,
+                steps=self._published.manifest.version.number,
                 before=self._before,
                 after=after,
                 seconds=dict(self._seconds),
@@ -147,16 +146,57 @@ class Driver:
         finally:
             await self._window.cancel()
 
+    async def _take_steps(self) -> Ending | None:
+        """All steps, or those until an order ends the run; returns that order."""
+        self._journal.event("phase", phase="train", step=self._step, steps=self._spec.steps)
+        while self._step < self._spec.steps and self._orders.ending != "cancelled":
+            self._stop_if_superseded()
+            self._drops.clear()
+            began = time.monotonic()
+            batch = await self._next_batch()
+            metrics = await self._train(batch)
+            metrics |= await self._publish()
+            metrics["seconds/step"] = time.monotonic() - began
+            self._window.release()
+            pausing = self._orders.ending == "paused" and self._step < self._spec.steps
+            if not pausing:
+                self._fill()
+            await self._evaluate_if_due()
+            await self._record(batch, metrics)
+            if pausing:
+                await self._pause()
+                return "paused"
+            await self._checkpoint_if_due()
+        return "cancelled" if self._orders.ending == "cancelled" else None
+
+    async def _finish(self) -> Evaluation | None:
+        """After the last step: what came of it."""
+        if self._updates == 0:
+            raise TrainingFailed("no optimizer update was made: each had a gradient that was not finite")
+        after = await self._evaluate("evaluate_after", sampled=True)
+        for tracker in self._trackers[1:]:  # metrics.jsonl has one row a step; its last one is written
+            tracker.log(self._step, self._evaluation_metrics)
+        return after
+
+    async def _pause(self) -> None:
+        """Nothing more is issued; what still runs may finish, and is kept in the checkpoint."""
+        running = [entry.task for entry in self._window.waiting()]
+        self._journal.event("phase", phase="pause", step=self._step, groups=len(running))
+        if running:
+            with self._phase("generation"):
+                await asyncio.wait(running, timeout=self._spec.rollout.group_deadline_s)
+        await self._checkpoint()
+
     def _stop_if_superseded(self) -> None:
         if superseded(self._run_dir, self._attempt):
-            raise TrainingFailed(
+            raise Superseded(
                 f"attempt {self._attempt} of {self._run_dir} was superseded by a later one, which goes on with the run"
             )
 
     # --- beginning -------------------------------------------------------------------------------------------------
 
-    async def _begin(self, checkpoint: Path | None) -> None:
-        """Initial or restored weights to all workers, then prompts: nothing is issued under other weights."""
+    async def _begin(self, checkpoint: Path | None) -> DriverState | None:
+        """Initial or restored weights to all workers: nothing is issued under others."""
         state = None
         if checkpoint is not None:
             with self._phase("restore"):
@@ -172,6 +212,10 @@ class Driver:
         ):  # what an earlier attempt consumed after this step is void, also if there is no checkpoint
             self._journal.event("rollback", to_step=self._step, checkpoint=None if state is None else state.name)
         await self._publish()
+        return state
+
+    async def _issue_first(self, state: DriverState | None, checkpoint: Path | None) -> None:
+        """The groups that were outstanding at the cut, in their order, then new ones."""
         if state is None:
             self._before = await self._evaluate("evaluate_before", sampled=True)
         else:
@@ -318,6 +362,8 @@ class Driver:
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
         if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
             self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
+        if note := self._orders.scale_deferred(self._spec.rollout.workers):
+            self._journal.event("condition", condition="ScaleDeferred", reason=note)
         stale = self._drops[DropReason.STALE] / self._spec.rollout.prompts_per_step
         if stale > STALE_RATE_CONDITION:
             self._journal.event("condition", condition="StaleDrops", rate=stale)
@@ -361,11 +407,15 @@ class Driver:
     async def _checkpoint_if_due(self) -> None:
         every = self._spec.checkpoint.every
         last = self._step == self._spec.steps
-        if not last and (every == 0 or self._step % every):
-            return
+        if last or (every and self._step % every == 0) or self._orders.checkpoint_request():
+            await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        request = self._orders.checkpoint_request()
         with self._phase("checkpoint"):
             async with self._bounded("the checkpoint", self._spec.deadlines.checkpoint_s + GRACE_S):
                 folder = await self._checkpoints.write(self._step, self._fill_checkpoint, self._stop_if_superseded)
+        self._orders.checkpoint_made(request)
         self._journal.event("checkpoint", step=self._step, name=folder.name)
         await self._journal.sync()
 
