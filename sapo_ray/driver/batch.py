@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sapo_ray.algorithms.advantages import advantages, has_signal, overlong_penalty
+from sapo_ray.algorithms.advantages import advantages, has_signal, mean_and_std, overlong_penalty
 from sapo_ray.algorithms.settings import Objective
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.collector import GradedCompletion, GradedGroup
@@ -109,11 +109,11 @@ def batch_metrics(batch: Batch, examined: list[GradedGroup], spec: JobSpec, lear
     verdicts = Counter(completion.grading.verdict for completion in completions)
     decided = verdicts[Verdict.CORRECT] + verdicts[Verdict.WRONG]
     lengths = np.array([completion.meta.tokens for completion in completions])
-    rewards = np.array([sample.reward for sample in batch.samples])
+    reward_mean, reward_std = mean_and_std([sample.reward for sample in batch.samples])
     ages = [learner_number - completion.meta.oldest.number for completion in completions]
     metrics = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
+        "reward/mean": reward_mean,
+        "reward/std": reward_std,
         "reward/accuracy": verdicts[Verdict.CORRECT] / max(decided, 1),
         "reward/zero_signal_groups": float(sum(not has_signal(group_rewards(group, spec)) for group in batch.groups)),
         "length/mean": float(lengths.mean()),
@@ -130,4 +130,28 @@ def batch_metrics(batch: Batch, examined: list[GradedGroup], spec: JobSpec, lear
     for completion in completions:
         for name, value in completion.grading.parts.items():
             parts.setdefault(name, []).append(value)
-    return metrics | {f"reward/part_{name}": float(np.mean(values)) for name, values in parts.items()}
+    metrics |= {f"reward/part_{name}": mean_and_std(values)[0] for name, values in parts.items()}
+    return metrics | accuracy_by_source(batch)
+
+
+def accuracy_by_source(batch: Batch) -> dict[str, float]:
+    """`reward/accuracy/<source>` of each source that has a verdict, where the batch is of more than one."""
+    verdicts: dict[str, list[bool]] = {}
+    for group in batch.groups:
+        right = verdicts.setdefault(group.prompt.source, [])
+        right += [completion.grading.verdict is Verdict.CORRECT for completion in graded(group)]
+    if len(verdicts) < 2:
+        return {}
+    return {f"reward/accuracy/{source}": sum(right) / len(right) for source, right in verdicts.items() if right}
+
+
+def stale_by_length(dropped: list[GradedGroup], max_new_tokens: int) -> dict[str, float]:
+    """`drops/stale_length_q1` to `_q4`: stale groups by their longest completion, in quarters of `max_new_tokens`.
+
+    Were long completions dropped more than short ones, the policy would learn to be brief for no reason of the reward.
+    """
+    counts = Counter(
+        min(4 * (max(completion.meta.tokens for completion in group.completions) - 1) // max_new_tokens, 3)
+        for group in dropped
+    )
+    return {f"drops/stale_length_q{quarter + 1}": float(counts[quarter]) for quarter in range(4)}

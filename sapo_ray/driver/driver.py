@@ -37,7 +37,7 @@ from sapo_ray.algorithms.advantages import has_signal
 from sapo_ray.algorithms.settings import Objective
 from sapo_ray.config.load import spec_hash
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.batch import Batch, batch_metrics, group_rewards, make_batch, reason_to_drop
+from sapo_ray.driver.batch import Batch, batch_metrics, group_rewards, make_batch, reason_to_drop, stale_by_length
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector, GradedGroup
 from sapo_ray.driver.evaluation import Evaluation, evaluate
@@ -46,7 +46,7 @@ from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.rundir import superseded
 from sapo_ray.driver.state import DriverState, restore_window, save_state
-from sapo_ray.driver.window import Entry, Window
+from sapo_ray.driver.window import Window
 from sapo_ray.errors import DeadlineExceeded, Superseded, TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
 
@@ -117,6 +117,7 @@ class Driver:
         self._before: Evaluation | None = None
         self._seconds: Counter[str] = Counter()
         self._drops: Counter[DropReason] = Counter()
+        self._stale: list[GradedGroup] = []
         self._examined: list[GradedGroup] = []
         self._evaluation_metrics: dict[str, float] = {}
 
@@ -221,7 +222,7 @@ class Driver:
         else:
             assert checkpoint is not None
             await restore_window(state, checkpoint, self._window, self._parts.payloads, self._collect)
-            for entry in self._window.entries:
+            for entry in self._window.waiting():
                 self._journal.ledger("issued", group=entry.prompt.id, index=entry.prompt.index, restored=True)
         self._fill()
 
@@ -230,7 +231,7 @@ class Driver:
     def _fill(self) -> None:
         """Issue prompts while slots are free and steps are left that need them."""
         needed = (self._spec.steps - self._step) * self._spec.rollout.prompts_per_step
-        while self._window.free() > 0 and len(self._window.entries) < needed:
+        while self._window.free() > 0 and len(self._window) < needed:
             prompt = self._prompts.take()
             self._journal.ledger("issued", group=prompt.id, index=prompt.index, version=str(self._version()))
             self._window.issue(prompt, lambda prompt=prompt: asyncio.create_task(self._collect(prompt)))  # type: ignore[misc]
@@ -268,24 +269,23 @@ class Driver:
         """The next `prompts_per_step` usable groups in issue order; drops what is not usable, with its reason."""
         wanted = self._spec.rollout.prompts_per_step
         taken: list[GradedGroup] = []
-        self._examined = []
+        self._examined, self._stale = [], []
         dropped_in_a_row = 0
         with self._phase("generation"):
             async with self._bounded("the next batch of graded groups", self._spec.deadlines.batch_s):
                 while len(taken) < wanted:
                     self._fill()
-                    entry = self._window.waiting()[0]
-                    group = await asyncio.shield(entry.task)
+                    group = await asyncio.shield(self._window.first().task)
                     self._examined.append(group)
                     reason = reason_to_drop(group, self._spec, self._step)
                     if reason is None and self._may_resample(group, wanted - len(taken)):
-                        self._drop(entry, DropReason.ZERO_SIGNAL)
+                        self._drop(group, DropReason.ZERO_SIGNAL)
                     elif reason is None:
-                        entry.consumed = True
+                        self._window.consume()
                         taken.append(group)
                         dropped_in_a_row = 0
                     else:
-                        self._drop(entry, reason)
+                        self._drop(group, reason)
                         dropped_in_a_row += 1
                         if dropped_in_a_row >= DROPS_IN_A_ROW * wanted:
                             raise TrainingFailed(
@@ -304,10 +304,13 @@ class Driver:
             and not has_signal(group_rewards(group, self._spec))
         )
 
-    def _drop(self, entry: Entry, reason: DropReason) -> None:
-        self._journal.ledger("dropped", group=entry.prompt.id, reason=reason, step=self._step + 1)
+    def _drop(self, group: GradedGroup, reason: DropReason) -> None:
+        """Give up the group at the front of the window."""
+        self._journal.ledger("dropped", group=group.prompt.id, reason=reason, step=self._step + 1)
         self._drops[reason] += 1
-        self._window.drop(entry)
+        if reason is DropReason.STALE:
+            self._stale.append(group)
+        self._window.drop()
 
     async def _train(self, batch: Batch) -> dict[str, float]:
         """One learner step: all its updates. Afterwards the batch is consumed."""
@@ -358,6 +361,7 @@ class Driver:
         metrics |= self._evaluation_metrics
         self._evaluation_metrics = {}
         metrics |= {f"drops/{reason}": float(self._drops[reason]) for reason in DropReason}
+        metrics |= stale_by_length(self._stale, self._spec.rollout.max_new_tokens)
         metrics |= {f"seconds/all_{phase}": seconds for phase, seconds in self._seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
         if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:

@@ -10,6 +10,7 @@ Order is everything here: which groups make a batch depends on the order of issu
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,49 +18,63 @@ from sapo_ray.driver.collector import GradedGroup
 from sapo_ray.types import Prompt
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Entry:
     """One outstanding group."""
 
     prompt: Prompt
     task: asyncio.Task[GradedGroup]
-    consumed: bool = False
-    """In the batch that is being trained on; its slot is still taken."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Window:
-    """Outstanding groups; `capacity` slots."""
+    """Outstanding groups; `capacity` slots. Entries are consumed or dropped from the front, each in constant time."""
 
     capacity: int
-    entries: list[Entry] = field(default_factory=list)
+    _waiting: deque[Entry] = field(default_factory=deque)
+    """Not yet in a batch, in issue order."""
+    _consumed: int = 0
+    """Groups in the batch that is being trained on; their slots are still taken."""
+
+    def __len__(self) -> int:
+        """Slots that are taken."""
+        return len(self._waiting) + self._consumed
 
     def free(self) -> int:
         """Slots that nothing holds."""
-        return self.capacity - len(self.entries)
+        return self.capacity - len(self)
 
     def waiting(self) -> list[Entry]:
         """Entries not yet in a batch, in issue order."""
-        return [entry for entry in self.entries if not entry.consumed]
+        return list(self._waiting)
+
+    def first(self) -> Entry:
+        """The waiting entry that was issued first."""
+        return self._waiting[0]
 
     def issue(self, prompt: Prompt, start: Callable[[], asyncio.Task[GradedGroup]]) -> None:
         """Take a slot for `prompt` and start collecting it."""
         assert self.free() > 0, "no free slot"
-        self.entries.append(Entry(prompt=prompt, task=start()))
+        self._waiting.append(Entry(prompt=prompt, task=start()))
 
-    def drop(self, entry: Entry) -> None:
-        """Give a slot back without training on the group."""
-        entry.task.cancel()
-        self.entries.remove(entry)
+    def consume(self) -> None:
+        """The first waiting group is in the batch now."""
+        self._waiting.popleft()
+        self._consumed += 1
+
+    def drop(self) -> None:
+        """Give the first waiting group's slot back without training on it."""
+        self._waiting.popleft().task.cancel()
 
     def release(self) -> None:
         """Give the slots of consumed groups back: the workers have the weights that followed from them."""
-        self.entries = self.waiting()
+        self._consumed = 0
 
     async def cancel(self) -> None:
         """End all collecting; used when the driver stops."""
-        tasks = [entry.task for entry in self.entries]
+        tasks = [entry.task for entry in self._waiting]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self.entries = []
+        self._waiting.clear()
+        self._consumed = 0
