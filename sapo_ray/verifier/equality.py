@@ -11,6 +11,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from string import ascii_lowercase
 from typing import Any, Generic, TypeVar
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -20,8 +21,10 @@ from sapo_ray.verifier.answers import OwnBoundExceeded, extract_answer, plain_fo
 
 V = TypeVar("V")
 _INTEGER = re.compile(r"[-+]?\d{1,18}")
-# At least four letters: `Monday` would parse as a product of six symbols, equal to every anagram.
+# Words of four letters and more: `Monday` would parse as a product of six symbols, equal to every anagram.
+# Of shorter ones see Gold.is_short_word.
 _WORDS = re.compile(r"(?=(?:.*?[^\W\d_]){4})[^\W\d_]+(?:[ \-'][^\W\d_]+)*", re.DOTALL)
+_VOWELS = frozenset("aeiouy")
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
 # Its warnings quote answers of the policy at length; verdicts carry what matters.
@@ -66,6 +69,23 @@ class Gold:
     def is_words(self) -> bool:
         return _WORDS.fullmatch(self.plain) is not None
 
+    @property
+    def is_short_word(self) -> bool:
+        """Whether the reference is a word too, of two or three letters, so that an answer in letters must spell it.
+
+        Three letters are a word (`cat`, `DNE`, `Mon`) unless they are written as variables are multiplied: lower-case,
+        and either neighbours in the alphabet (`abc`, `xyz`) or without a vowel (`mgh`, `prt`). Two letters are a
+        product (`xy`, `AB`), but a word in a script without case. Where the rule takes a product for a word (`axy`),
+        it is the order of its letters that counts from then on; an answer with any other sign (`a \\cdot x y`) is
+        still compared as mathematics.
+        """
+        text = self.plain
+        if not text.isalpha() or len(text) not in (2, 3):
+            return False
+        if text.lower() == text.upper():
+            return True
+        return len(text) == 3 and not (text.islower() and (text in ascii_lowercase or _VOWELS.isdisjoint(text)))
+
 
 class Comparer:
     """Compares answers with a reference.
@@ -95,7 +115,7 @@ class Comparer:
         """Does the reference parse?"""
         if gold.too_long or not gold.plain:
             return False
-        if gold.is_words or (self._shortcuts and gold.is_integer):
+        if gold.is_words or gold.is_short_word or (self._shortcuts and gold.is_integer):
             return True
         return bool(self._parsed_gold(gold))
 
@@ -117,6 +137,8 @@ class Comparer:
     def _compare(self, gold: Gold, plain: str) -> bool | None:
         if gold.is_words:
             return " ".join(plain.casefold().split()) == " ".join(gold.plain.casefold().split())
+        if gold.is_short_word and len(plain) > 1 and plain.isalpha():
+            return plain.casefold() == gold.plain.casefold()
         reference = self._parsed_gold(gold)
         parsed = self._parse(plain)
         return self._verify(reference, parsed) if parsed else None
