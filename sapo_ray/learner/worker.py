@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from sapo_ray.actor_log import log_as
 from sapo_ray.algorithms.diagnostics import TokenStats
 from sapo_ray.algorithms.losses import token_loss
 from sapo_ray.algorithms.settings import resolve
@@ -52,6 +53,7 @@ class LearnerWorker:
     """One rank. Verbs must be called in the order above."""
 
     def __init__(self, spec: JobSpec, model_path: str, place: Place) -> None:
+        log_as(f"learner-{place.rank}")
         self.spec = spec
         self.model_path = model_path
         self.place = place

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from sapo_ray.actor_log import log_as
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError, ModelError, SapoRayError, WeightsRefused, WorkerLost
 from sapo_ray.rollout import engine as engines
@@ -35,6 +36,7 @@ class RolloutWorker:
     """One engine; see the module's text. All its methods belong to one event loop."""
 
     def __init__(self, spec: JobSpec, model_path: str, worker_id: str) -> None:
+        log_as(worker_id)
         self._spec, self._model_path, self._id = spec, model_path, worker_id
         self._gate = Gate()
         self._open: dict[str, GroupSampling] = {}

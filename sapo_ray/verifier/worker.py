@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from sapo_ray.actor_log import log_as
 from sapo_ray.config.spec import VerifierSpec
 from sapo_ray.types import CompletionPayload, Grading
 from sapo_ray.verifier.jobs import GradingItem, SupervisorStats
@@ -26,6 +27,7 @@ class VerifierWorker:
     """Grades completions that come as payloads of the object store."""
 
     def __init__(self, spec: VerifierSpec, worker: str) -> None:
+        log_as(worker)
         self._worker = worker
         self._spec = spec
         self._processes: GradingProcesses | None = None
