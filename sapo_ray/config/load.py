@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sapo_ray.config import yaml_text
+from sapo_ray.config.job_file import read_job
 from sapo_ray.config.keys import dotted
 from sapo_ray.config.overrides import apply_overrides, parse_overrides
 from sapo_ray.config.packages import check_packages
@@ -30,22 +31,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
         ConfigError: the file is missing, empty or not YAML, or the job is wrong; the message lists all problems. Or it
             needs a package that is not installed.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a job file, e.g. configs/quickstart.yaml") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; give the path of a job file in it") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a job file is YAML") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    job = yaml_text.parse(text, str(path))
-    if job is None:
-        raise ConfigError(f"{path} is empty; the smallest job is `preset: quickstart`")
-    if not isinstance(job, Mapping):
-        raise ConfigError(f"{path} must hold `key: value` lines, got a {_kind(job)}; see docs/jobs.md")
-    return check_packages(resolve(job, overrides, source=str(path)))
+    return check_packages(resolve(read_job(path), overrides, source=str(path)))
 
 
 def resolve(job: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "job") -> JobSpec:
@@ -54,11 +40,8 @@ def resolve(job: Mapping[str, Any], overrides: Sequence[str] = (), *, source: st
     Raises:
         ConfigError: lists all problems, each with key, value, bound and remedy.
     """
-    parsed, problems = parse_overrides(overrides)
-    name = {dotted(key): value for key, value in parsed}.get("preset", job.get("preset"))
-    known = isinstance(name, str) and name in preset_names()
-    merged, more = apply_overrides(_merge(_preset(str(name)), job) if known else job, parsed)
-    problems += more
+    merged, problems, known = _layered(job, overrides)
+    name = merged.get("preset")
     try:
         spec = JobSpec.model_validate(merged)
     except ValidationError as error:
@@ -67,6 +50,29 @@ def resolve(job: Mapping[str, Any], overrides: Sequence[str] = (), *, source: st
         return spec
     heading = f"{source}: " if len(problems) == 1 else f"{source} has {len(problems)} problems:\n  - "
     raise ConfigError(heading + "\n  - ".join(problems))
+
+
+def with_overrides(job: Mapping[str, Any], overrides: Sequence[str], *, source: str = "job") -> dict[str, Any]:
+    """The job as it is handed to a service, which resolves and checks it: presets known here beneath the overrides.
+
+    Raises:
+        ConfigError: an override cannot be read, or leads through a value.
+    """
+    if not overrides:
+        return dict(job)
+    merged, problems, _ = _layered(job, overrides)
+    if problems:
+        raise ConfigError(f"{source}: " + "; ".join(problems))
+    return merged
+
+
+def _layered(job: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str], bool]:
+    """Preset, job, overrides, each over the one before; what is wrong with overrides; whether the preset is known."""
+    parsed, problems = parse_overrides(overrides)
+    name = {dotted(key): value for key, value in parsed}.get("preset", job.get("preset"))
+    known = isinstance(name, str) and name in preset_names()
+    merged, more = apply_overrides(_merge(_preset(str(name)), job) if known else job, parsed)
+    return merged, problems + more, known
 
 
 def preset_names() -> list[str]:
@@ -156,7 +162,3 @@ def _differences(old: Any, new: Any, name: str) -> list[str]:
     else:
         return [] if old == new else [name]
     return [one for part, a, b in parts for one in _differences(a, b, f"{name}.{part}" if name else part)]
-
-
-def _kind(value: object) -> str:
-    return "list" if isinstance(value, list) else f"single value ({str(value)[:40]!r})"
