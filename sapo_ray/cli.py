@@ -185,11 +185,13 @@ def evaluate(
         spec = load_job(job, overrides)
         from sapo_ray.driver.evaluate_run import evaluate_model
 
-        result = evaluate_model(spec, Path(folder))
         if as_json:
-            print(json.dumps(result, indent=1))
+            print(json.dumps(evaluate_model(spec, Path(folder)), indent=1))
             return
-        from sapo_ray.progress import accuracy_rows, interval
+        from sapo_ray.progress import ProgressDisplay, accuracy_rows, interval
+
+        with ProgressDisplay(Console(stderr=True)) as display:
+            result = evaluate_model(spec, Path(folder), display)
 
         for label, _, accuracy in accuracy_rows(None, result):
             print(f"{label:<24} {interval(accuracy)}  ({accuracy['prompts']} prompts, {accuracy['errors']} errors)")

@@ -16,11 +16,14 @@ PHASES = {
     "evaluate_before": "accuracy before",
     "train": "training",
     "evaluate": "held-out accuracy",
+    "evaluating": "held-out accuracy",
     "evaluate_after": "accuracy after",
     "export": "exporting model",
 }
 PLAIN_EVERY = 5
 """Without a terminal, one line so many steps."""
+PLAIN_PROMPTS = 100
+"""Without a terminal, one line so many prompts of an evaluation."""
 TROUBLE = {
     "worker_lost": "was lost",
     "takeover_failed": "failed to take the weights over",
@@ -96,6 +99,11 @@ class ProgressDisplay:
         greedy = event["greedy"]["mean"]
         self._accuracy = f"  held-out {greedy:.3f}"
         self._plain(f"step {event['step']}: held-out accuracy {greedy:.3f}")
+
+    def _on_evaluating(self, event: dict[str, Any]) -> None:
+        done, prompts = event["done"], event["prompts"]
+        self._bars.update(self._tasks["evaluating"], total=prompts, completed=done)
+        self._note(f"{event['completions']}  {done}/{prompts}", plain=done == prompts or done % PLAIN_PROMPTS == 0)
 
     def _on_condition(self, event: dict[str, Any]) -> None:
         if event["condition"] == "Advice":

@@ -180,7 +180,7 @@ class RolloutSpec(Section):
     top_p: Annotated[float, Field(ge=1, le=1)] = 1.0
     """Must be 1: log-probs are over the full vocabulary."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Policy updates a sample may be old when trained on. 0: synchronous; k: generation runs k batches ahead."""
+    """Age in publishes (one a step) a sample may have in training. 0: synchronous; k: generation k batches ahead."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the engine's weights, and of published weights; model.dtype if not given."""
     max_num_seqs: Count = 256
@@ -323,6 +323,8 @@ class DeadlinesSpec(Section):
     """One checkpoint written."""
     batch_s: Positive = 3600.0
     """Next batch of graded groups complete."""
+    evaluation_s: Positive = 3600.0
+    """One evaluation: every completion sampled and graded."""
 
 
 class JobSpec(Section):

@@ -449,7 +449,7 @@ class Driver:
             return None
         self._journal.event("phase", phase=phase, step=self._step, prompts=len(self._evaluation_prompts))
         with self._phase("evaluation"):
-            async with self._bounded("the evaluation", self._spec.deadlines.batch_s):
+            async with self._bounded("the evaluation", self._spec.deadlines.evaluation_s):
                 evaluation = await evaluate(
                     self._collector,
                     self._evaluation_prompts,

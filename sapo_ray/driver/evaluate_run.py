@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +15,85 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.cluster import ray_for
 from sapo_ray.driver.collector import Collector
 from sapo_ray.driver.evaluation import Evaluation, evaluate
-from sapo_ray.driver.inputs import Inputs, prepare_inputs
-from sapo_ray.driver.journal import Journal
+from sapo_ray.driver.inputs import EvaluationInputs, prepare_evaluation
+from sapo_ray.driver.journal import Journal, Listener
 from sapo_ray.driver.run import published_bytes
-from sapo_ray.errors import ConfigError
+from sapo_ray.errors import ConfigError, DeadlineExceeded
 from sapo_ray.models.publish import publish_folder
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.types import PolicyVersion, Published
 from sapo_ray.verifier.pool import VerifierPool
 
 
-def evaluate_model(spec: JobSpec, work_dir: Path) -> dict[str, Any]:
-    """Greedy and sampled accuracy of `spec.model` on `spec.evaluation.data`.
+def evaluate_model(spec: JobSpec, work_dir: Path, listener: Listener | None = None) -> dict[str, Any]:
+    """Greedy and sampled accuracy of `spec.model` on `spec.evaluation.data`; the training data is not opened.
 
-    Raises ConfigError if the job names no evaluation data.
+    `listener` hears the events of a run that lead up to its first evaluation, and `evaluating` after each prompt.
+
+    Raises:
+        ConfigError: the job names no evaluation data.
+        DeadlineExceeded: the evaluation was not done within deadlines.evaluation_s.
     """
     if not spec.evaluation.data:
         raise ConfigError("evaluation.data is empty: name at least one source to evaluate on")
     began = time.monotonic()
-    inputs = prepare_inputs(spec, work_dir / "model")
-    evaluation = asyncio.run(_evaluate(spec, inputs, work_dir))
+    journal = Journal(work_dir / "journal.jsonl", 1, listener)
+    try:
+        journal.event("phase", phase="model")
+        inputs = prepare_evaluation(
+            spec,
+            work_dir / "model",
+            lambda step, loss, accuracy: journal.event("warm_start", step=step, loss=loss, accuracy=accuracy),
+        )
+        evaluation = asyncio.run(_evaluate(spec, inputs, work_dir, journal))
+    finally:
+        journal.close()
     return {"model": str(inputs.model_path), **evaluation.as_dict(), "seconds": round(time.monotonic() - began, 2)}
 
 
-async def _evaluate(spec: JobSpec, inputs: Inputs, work_dir: Path) -> Evaluation:
-    journal = Journal(work_dir / "journal.jsonl", attempt=1)
+async def _evaluate(spec: JobSpec, inputs: EvaluationInputs, work_dir: Path, journal: Journal) -> Evaluation:
     version = PolicyVersion(1, 0)
+    total = len(inputs.evaluation)
+
+    def on_group(kind: str, done: int) -> None:
+        journal.event("evaluating", completions=kind, done=done, prompts=total)
+
+    journal.event("phase", phase="start")
     with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), work_dir / "logs"):
         rollouts, verifiers = RolloutPool(spec, str(inputs.model_path)), VerifierPool(spec.verifier)
         try:
-            await asyncio.gather(rollouts.start(), verifiers.start())
-            await rollouts.update(await _publish(spec, inputs, version))
+            await asyncio.gather(rollouts.start(), verifiers.start())  # each bounds its own start
+            async with _bounded("publishing the model's weights", "publish_s", 2 * spec.deadlines.publish_s):
+                await rollouts.update(await _publish(spec, inputs, version))
+            journal.event("phase", phase="evaluating", prompts=total)
             collector = Collector(spec, rollouts, verifiers, journal)
-            return await evaluate(collector, inputs.evaluation, spec, step=0, version=str(version), sampled=True)
+            async with _bounded("the evaluation", "evaluation_s", spec.deadlines.evaluation_s):
+                return await evaluate(
+                    collector,
+                    inputs.evaluation,
+                    spec,
+                    step=0,
+                    version=str(version),
+                    sampled=True,
+                    on_group=on_group,
+                )
         finally:
-            journal.close()
             await asyncio.gather(rollouts.close(), verifiers.close(), return_exceptions=True)
 
 
-async def _publish(spec: JobSpec, inputs: Inputs, version: PolicyVersion) -> Published:
+@asynccontextmanager
+async def _bounded(what: str, key: str, seconds: float) -> AsyncIterator[None]:
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise DeadlineExceeded(f"waited {seconds:g} s for {what}; see deadlines.{key} in the job") from error
+
+
+async def _publish(spec: JobSpec, inputs: EvaluationInputs, version: PolicyVersion) -> Published:
     """The folder's weights as buckets in the object store, owned by this process."""
     stream = ray.remote(num_cpus=0, num_returns="streaming")(publish_folder).remote(
         str(inputs.model_path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
@@ -90,34 +91,48 @@ def accuracy(verdicts: list[list[Verdict]]) -> Accuracy:
 
 
 async def evaluate(
-    collector: Collector, prompts: list[Prompt], spec: JobSpec, *, step: int, version: str, sampled: bool
+    collector: Collector,
+    prompts: list[Prompt],
+    spec: JobSpec,
+    *,
+    step: int,
+    version: str,
+    sampled: bool,
+    on_group: Callable[[str, int], None] = lambda kind, done: None,
 ) -> Evaluation:
-    """Greedy accuracy on `prompts`, and sampled accuracy if asked for. Seeds are fixed, so evaluations compare."""
+    """Greedy accuracy on `prompts`, and sampled accuracy if asked for. Seeds are fixed, so evaluations compare.
+
+    `on_group` is told `greedy` or `sampled` and the number of prompts done, after each prompt.
+    """
     settings = spec.evaluation
     max_new_tokens = settings.max_new_tokens or spec.rollout.max_new_tokens
 
-    async def measure(samples: int, temperature: float) -> tuple[Accuracy, dict[str, Accuracy]]:
-        groups = await asyncio.gather(
-            *(
-                collector.collect(
-                    prompt,
-                    samples=samples,
-                    temperature=temperature,
-                    max_new_tokens=max_new_tokens,
-                    stream="evaluation/",
-                )
-                for prompt in prompts
+    async def measure(kind: str, samples: int, temperature: float) -> tuple[Accuracy, dict[str, Accuracy]]:
+        done = 0
+
+        async def one(prompt: Prompt) -> GradedGroup:
+            nonlocal done
+            group = await collector.collect(
+                prompt,
+                samples=samples,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                stream="evaluation/",
             )
-        )
+            done += 1
+            on_group(kind, done)
+            return group
+
+        groups = await asyncio.gather(*(one(prompt) for prompt in prompts))
         verdicts: dict[str, list[list[Verdict]]] = {}
         for group in groups:
             verdicts.setdefault(group.prompt.source, []).append(_verdicts(group, samples))
         return accuracy([v for rows in verdicts.values() for v in rows]), {k: accuracy(v) for k, v in verdicts.items()}
 
     overall, sources = {}, {}
-    overall["greedy"], sources["greedy"] = await measure(1, 0.0)
+    overall["greedy"], sources["greedy"] = await measure("greedy", 1, 0.0)
     if sampled and settings.samples:
-        overall["sampled"], sources["sampled"] = await measure(settings.samples, settings.temperature)
+        overall["sampled"], sources["sampled"] = await measure("sampled", settings.samples, settings.temperature)
     names = list(sources["greedy"])
     return Evaluation(
         step=step,

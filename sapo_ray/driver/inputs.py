@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -40,6 +41,15 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationInputs:
+    """What an evaluation alone needs: no training data."""
+
+    model_path: Path
+    evaluation: list[Prompt]
+    canary: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class References:
     """Rows that cannot be graded against, of each source in the order of the job."""
 
@@ -47,9 +57,11 @@ class References:
     evaluation: list[frozenset[int]]
 
 
-def prepare_inputs(
-    spec: JobSpec, model_folder: Path, on_warm_start: Callable[[int, float, float], None] | None = None
-) -> Inputs:
+OnWarmStart = Callable[[int, float, float], None]
+"""Called with step, loss and accuracy."""
+
+
+def prepare_inputs(spec: JobSpec, model_folder: Path, on_warm_start: OnWarmStart | None = None) -> Inputs:
     """Load or make everything a job names.
 
     Raises:
@@ -57,25 +69,45 @@ def prepare_inputs(
     """
     began = time.monotonic()
     references = check_references(spec)
-    model_path = prepare_model(spec.model, model_folder, spec.seed, on_warm_start)
-    check_positions(spec, model_path)
-    tokenizer = load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
+    model_path, tokenizer = _model(spec, model_folder, on_warm_start)
     prompts = PromptSource(spec.data, tokenizer, spec.seed, references.train)
     start = prompts.state()
     canary = tuple(prompts.take().token_ids[:CANARY_TOKENS] for _ in range(CANARY_SEQUENCES))
     prompts.restore(start)
-    evaluation = (
-        evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit, references.evaluation)
-        if spec.evaluation.data
-        else []
-    )
     return Inputs(
         model_path=model_path,
         prompts=prompts,
-        evaluation=evaluation,
+        evaluation=_evaluation(spec, tokenizer, references.evaluation),
         canary=canary,
         seconds=time.monotonic() - began,
     )
+
+
+def prepare_evaluation(spec: JobSpec, model_folder: Path, on_warm_start: OnWarmStart | None = None) -> EvaluationInputs:
+    """The model and the held-out prompts; the training data is not opened, and need not be there.
+
+    Raises: as prepare_inputs.
+    """
+    unusable = [_unusable(source, spec) for source in spec.evaluation.data]
+    if spec.verifier.reward is not None:
+        check_reward(spec.verifier)
+    model_path, tokenizer = _model(spec, model_folder, on_warm_start)
+    prompts = _evaluation(spec, tokenizer, unusable)
+    canary = tuple(prompt.token_ids[:CANARY_TOKENS] for prompt in prompts[:CANARY_SEQUENCES])
+    return EvaluationInputs(model_path=model_path, evaluation=prompts, canary=canary)
+
+
+def _model(spec: JobSpec, model_folder: Path, on_warm_start: OnWarmStart | None) -> tuple[Path, Any]:
+    """Folder and tokenizer of the model, found to have room for the job's prompts and completions."""
+    model_path = prepare_model(spec.model, model_folder, spec.seed, on_warm_start)
+    check_positions(spec, model_path)
+    return model_path, load_tokenizer(model_path, trust_remote_code=spec.model.trust_remote_code)
+
+
+def _evaluation(spec: JobSpec, tokenizer: Any, unusable: list[frozenset[int]]) -> list[Prompt]:
+    if not spec.evaluation.data:
+        return []
+    return evaluation_prompts(spec.evaluation.data, spec.data, tokenizer, spec.evaluation.limit, unusable)
 
 
 def check_positions(spec: JobSpec, model_path: Path) -> None:

@@ -158,3 +158,27 @@ def test_grading_counts_in_one_line_and_as_json(tmp_path: Path) -> None:
     assert json.loads(target.read_text().splitlines()[1])["reward"] == 2.0
     counts = json.loads(invoke("grade", str(source), str(target), "--json").stdout)
     assert counts == {"rows": 5, "correct": 2, "wrong": 3, "errors": 0}
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_an_evaluation_tells_of_its_progress_beside_its_result(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sapo_ray.driver import evaluate_run
+
+    accuracy = {"mean": 0.5, "low": 0.4, "high": 0.6, "prompts": 2, "completions": 2, "errors": 0}
+
+    def evaluate_model(spec: Any, folder: Path, listener: Any = None) -> dict[str, Any]:
+        if listener is not None:
+            listener({"kind": "phase", "phase": "evaluating", "prompts": 2})
+            listener({"kind": "evaluating", "completions": "greedy", "done": 2, "prompts": 2})
+        return {"greedy": accuracy, "sampled": None, "by_source": {}}
+
+    monkeypatch.setattr(evaluate_run, "evaluate_model", evaluate_model)
+    result = invoke("eval", QUICKSTART, *options)
+    if options:
+        assert json.loads(result.stdout)["greedy"] == accuracy
+        assert result.stderr == ""
+    else:
+        assert result.stdout == f"{'greedy':<24} 0.500 [0.400, 0.600]  (2 prompts, 0 errors)\n"
+        assert "greedy  2/2" in result.stderr

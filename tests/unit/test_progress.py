@@ -80,3 +80,12 @@ def test_the_last_table_counts_completions_without_verdict() -> None:
     )
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
     assert "│ greedy │ - │ 0.500 [0.400, 0.600] │ 900 │ 7 │" in lines
+
+
+def test_an_evaluation_by_itself_shows_how_far_it_is() -> None:
+    text = shown(
+        {"kind": "phase", "phase": "evaluating", "prompts": 512},
+        {"kind": "evaluating", "completions": "sampled", "done": 128, "prompts": 512},
+    )
+    line = text[text.rindex("held-out accuracy") :].splitlines()[0]
+    assert "sampled  128/512" in line

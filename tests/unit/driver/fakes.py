@@ -260,6 +260,7 @@ class Bench:
     learner: FakeLearner = field(default_factory=FakeLearner)
     prompts: FakePrompts = field(default_factory=FakePrompts)
     rows: RowKeeper = field(default_factory=RowKeeper)
+    evaluation: list[Prompt] = field(default_factory=list)
 
     async def attempt(self, number: int = 1) -> Any:
         self.rollouts.learner = self.learner
@@ -272,7 +273,7 @@ class Bench:
             attempt=number,
             run_dir=self.run_dir,
             prompts=self.prompts,  # type: ignore[arg-type]
-            evaluation_prompts=[],
+            evaluation_prompts=self.evaluation,
             parts=Parts(
                 rollouts=self.rollouts,
                 verifiers=self.verifiers,

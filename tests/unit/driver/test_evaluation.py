@@ -1,9 +1,14 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from sapo_ray.driver.evaluation import accuracy, wilson
-from sapo_ray.types import Verdict
+import pytest
+from fakes import FakeRollouts, FakeVerifiers, job
+
+from sapo_ray.driver.collector import Collector
+from sapo_ray.driver.evaluation import accuracy, evaluate, wilson
+from sapo_ray.driver.journal import Journal
+from sapo_ray.types import PolicyVersion, Prompt, Verdict
 
 C, W, E = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR
 
@@ -32,3 +37,16 @@ def test_completions_of_one_prompt_are_not_independent_draws() -> None:
 def test_nothing_gradable_is_no_accuracy_and_says_so() -> None:
     result = accuracy([[E], [E]])
     assert (result.prompts, result.errors, result.low, result.high) == (0, 2, 0.0, 1.0)
+
+
+async def test_each_prompt_that_is_done_is_told(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", 1)
+    collector = Collector(job(), FakeRollouts(version=PolicyVersion(1, 0)), FakeVerifiers(), journal)
+    prompts = [Prompt(id=f"e:{i}:0", index=i, source="e", text="", token_ids=(1,), gold="0") for i in range(3)]
+    told: list[tuple[str, int]] = []
+    found = await evaluate(
+        collector, prompts, job(), step=0, version="1.0", sampled=True, on_group=lambda kind, n: told.append((kind, n))
+    )
+    journal.close()
+    assert told == [(kind, n) for kind in ("greedy", "sampled") for n in (1, 2, 3)]
+    assert (found.greedy.prompts, found.sampled and found.sampled.prompts) == (3, 3)

@@ -11,7 +11,7 @@ import pytest
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.data.prompts import PromptSource, evaluation_prompts
-from sapo_ray.driver.inputs import check_positions, check_references
+from sapo_ray.driver.inputs import check_positions, check_references, prepare_evaluation
 from sapo_ray.errors import ConfigError, DataError
 from sapo_ray.models.builtin import make_addition_model
 from sapo_ray.models.tokenizer import load_tokenizer
@@ -99,3 +99,17 @@ def test_rows_whose_reference_does_not_parse_are_skipped_and_counted_where_asked
     assert [prompt.gold for prompt in evaluation] == ["5"]
     with pytest.raises(DataError, match="none of 3 rows is left: 3 reference answers cannot be parsed"):
         PromptSource(spec.data, tokenizer, 0, [frozenset([0, 1, 2])])
+
+
+def test_an_evaluation_does_not_open_the_training_data(tmp_path: Path) -> None:
+    held_out = {"path": "builtin:addition", "split": "heldout"}
+    data, evaluation = {"train": [{"path": "absent.jsonl"}]}, {"data": [held_out], "limit": 6}
+    spec = job(data=data, evaluation=evaluation, rollout={"max_new_tokens": 28})
+    found = prepare_evaluation(spec, tmp_path / "model")
+    assert [prompt.id for prompt in found.evaluation] == [f"eval/addition-heldout:{row}:0" for row in range(6)]
+    assert found.canary == tuple(prompt.token_ids for prompt in found.evaluation[:4])
+
+
+def test_an_evaluation_refuses_what_it_cannot_grade_against(one_bad_gold: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 of 3 reference answers.*sums.jsonl:2"):
+        prepare_evaluation(job(evaluation={"data": [{"path": one_bad_gold}]}), tmp_path / "model")

@@ -10,6 +10,7 @@ import pytest
 from fakes import Bench, FakeLearner, FakePrompts, FakeRollouts, FakeVerifiers, job
 
 from sapo_ray.errors import CheckpointError, DeadlineExceeded, TrainingFailed, WorkerLost
+from sapo_ray.types import Prompt
 
 
 def groups_of(batch: list[tuple[str, int, float]]) -> list[str]:
@@ -137,6 +138,14 @@ async def test_a_run_that_can_use_no_group_fails_and_says_why(tmp_path: Path) ->
 async def test_a_verifier_that_never_answers_is_a_named_deadline_not_a_hang(tmp_path: Path) -> None:
     bench = Bench(tmp_path, job(deadlines={"batch_s": 0.2}), verifiers=FakeVerifiers(hang=True))
     with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for the next batch of graded groups at step 0; .*t:0:0"):
+        await bench.attempt()
+
+
+async def test_an_evaluation_has_a_bound_of_its_own(tmp_path: Path) -> None:
+    held_out = Prompt(id="eval/t:0:0", index=0, source="t", text="", token_ids=(1,), gold="0")
+    deadlines = {"batch_s": 60, "evaluation_s": 0.2}
+    bench = Bench(tmp_path, job(deadlines=deadlines), verifiers=FakeVerifiers(hang=True), evaluation=[held_out])
+    with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for the evaluation at step 0"):
         await bench.attempt()
 
 
