@@ -65,8 +65,12 @@ class Estimate:
     rollout: WorkerMemory
     object_store: int
     """Two buffers of published weights and the payloads of all outstanding batches."""
+    gpus: int
+    """Of all actors together; a cluster without GPUs runs them on CPUs."""
     checkpoint: int
     """One checkpoint on disk."""
+    disk: int
+    """All checkpoints that are kept, the one being written, and the exported model; logs and downloads apart."""
     completions_per_step: int
     tokens_per_step: int
     """Sampled tokens of one step if every completion ran to its limit."""
@@ -94,7 +98,8 @@ class Estimate:
             ("rollout worker, weights", size(worker.weights)),
             ("  keys and values", f"{size(worker.kv_per_token)} a token, {size(worker.kv_wanted)} for all sequences"),
             ("object store", size(self.object_store)),
-            ("one checkpoint", size(self.checkpoint)),
+            ("GPUs", f"{self.gpus}; where there are none, CPUs do the work"),
+            ("disk for the run", f"{size(self.disk)} (one checkpoint {size(self.checkpoint)})"),
         ]
         if rank.host_optimizer:
             rows.insert(6, ("  in host memory", f"optimizer {size(rank.host_optimizer)}"))
@@ -117,13 +122,16 @@ def estimate(spec: JobSpec, architecture: Mapping[str, Any] | None = None) -> Es
     rollout_bytes = _BYTES[spec.rollout_dtype]
     completions = spec.rollout.prompts_per_step * spec.rollout.group_size
     optimizer_bytes = _optimizer_bytes(spec.model.dtype, spec.learner.zero_stage)
+    checkpoint = model.parameters * (_BYTES[spec.model.dtype] + optimizer_bytes)
     return Estimate(
         parameters=model.parameters,
         learner=tuple(_rank(spec, model, stage) for stage in range(4)),
         stage=spec.learner.zero_stage,
         rollout=_worker(spec, model),
         object_store=2 * model.parameters * rollout_bytes + _payloads(spec, completions),
-        checkpoint=model.parameters * (_BYTES[spec.model.dtype] + optimizer_bytes),
+        gpus=_gpus(spec),
+        checkpoint=checkpoint,
+        disk=(spec.checkpoint.keep + 1) * checkpoint + model.parameters * rollout_bytes,
         completions_per_step=completions,
         tokens_per_step=completions * spec.rollout.max_new_tokens,
         updates=spec.steps * spec.updates_per_step,
@@ -204,6 +212,13 @@ def _payloads(spec: JobSpec, completions: int) -> int:
     """Token ids (4 bytes), log-probs (4) and text (about 4 a token) of all batches that may be outstanding."""
     one = 4 * spec.data.max_prompt_tokens + 12 * spec.rollout.max_new_tokens
     return (spec.rollout.max_staleness + 1) * completions * one
+
+
+def _gpus(spec: JobSpec) -> int:
+    """One for each learner rank and for each tensor-parallel share of a worker; with ipc two actors share one."""
+    if spec.transport == "ipc":
+        return _share(spec.learner.ranks + spec.rollout.workers, 2)
+    return spec.learner.ranks + spec.rollout.workers * spec.rollout.tensor_parallel
 
 
 def _share(count: int, among: int) -> int:

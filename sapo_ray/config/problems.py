@@ -33,6 +33,71 @@ FAMILIAR = {
     "save_steps": "checkpoint.every",
     "eval_steps": "evaluation.every",
     "bf16": "model.dtype",
+    "actor_lr": "learner.lr",
+    "adam_epsilon": "learner.eps",
+    "adv_estimator": "algorithm.advantage",
+    "async_level": "rollout.max_staleness",
+    "clip_range": "algorithm.eps_low",
+    "clip_ratio": "algorithm.eps_low",
+    "clip_ratio_low": "algorithm.eps_low",
+    "clip_ratio_high": "algorithm.eps_high",
+    "clip_ratio_c": "algorithm.dual_clip",
+    "cliprange": "algorithm.eps_low",
+    "dataset_name": "data.train.0.path",
+    "delta": "algorithm.dual_clip",
+    "epsilon": "algorithm.eps_low",
+    "epsilon_high": "algorithm.eps_high",
+    "gradient_accumulation_steps": "learner.tokens_per_micro_batch",
+    "group_n": "rollout.group_size",
+    "loss_agg_mode": "algorithm.aggregation",
+    "mask_truncated_completions": "algorithm.mask_truncated",
+    "max_off_policy_steps": "rollout.max_staleness",
+    "max_response_length": "rollout.max_new_tokens",
+    "micro_batch_size": "learner.tokens_per_micro_batch",
+    "n_samples_per_prompt": "rollout.group_size",
+    "num_generations_per_prompt": "rollout.group_size",
+    "num_train_epochs": "steps",
+    "overlong_buffer_len": "algorithm.overlong_buffer",
+    "per_device_train_batch_size": "learner.tokens_per_micro_batch",
+    "ppo_epochs": "learner.epochs",
+    "ppo_max_token_len_per_gpu": "learner.tokens_per_micro_batch",
+    "ppo_mini_batch_size": "learner.mini_batches",
+    "project_name": "logging.wandb_project",
+    "report_to": "logging.wandb_project",
+    "reward_funcs": "verifier.reward",
+    "reward_function": "verifier.reward",
+    "rollout_n": "rollout.group_size",
+    "save_freq": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "scale_rewards": "algorithm.advantage",
+    "tensor_model_parallel_size": "rollout.tensor_parallel",
+    "tensor_parallel_size": "rollout.tensor_parallel",
+    "test_freq": "evaluation.every",
+    "total_epochs": "steps",
+    "total_training_steps": "steps",
+    "train_batch_size": "rollout.prompts_per_step",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "vllm_importance_sampling_cap": "algorithm.correction_cap",
+    "warmup_steps": "learner.warmup_updates",
+}
+
+_NO_KL = "there is no KL penalty and no reference model here: the gate keeps updates close (docs/algorithm.md)"
+_WHOLE = "training samples from the whole distribution, so that log-probs of learner and sampler mean the same"
+# What other trainers have and this one does not, with the reason.
+ABSENT = {
+    "beta": f"{_NO_KL}; remove it (AdamW's two are learner.betas)",
+    "kl_beta": f"{_NO_KL}; remove it",
+    "kl_coef": f"{_NO_KL}; remove it",
+    "kl_loss_coef": f"{_NO_KL}; remove it",
+    "kl_ctrl": f"{_NO_KL}; remove it",
+    "use_kl_loss": f"{_NO_KL}; remove it",
+    "init_kl_coef": f"{_NO_KL}; remove it",
+    "ref_model": f"{_NO_KL}; remove it",
+    "top_k": f"{_WHOLE}; remove it",
+    "min_p": f"{_WHOLE}; remove it",
+    "repetition_penalty": f"{_WHOLE}; remove it",
+    "presence_penalty": f"{_WHOLE}; remove it",
+    "frequency_penalty": f"{_WHOLE}; remove it",
 }
 
 _EXAMPLES = {
@@ -41,6 +106,7 @@ _EXAMPLES = {
     "data.train": "add `train: [{path: ...}]` to data",
 }
 
+_EXAMPLE = """prompt: "{question}\""""
 _COMPARED = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
 _LIMIT = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
 _WRONG_TYPE = {
@@ -61,6 +127,8 @@ def describe(error: ValidationError, *, ignore_missing: bool = False) -> list[st
 def unknown_key(location: Location) -> str:
     """`rollout.worker is not a key; did you mean rollout.workers?`, else where such a key lives, else what there is."""
     name, section = str(location[-1]), tuple(location[:-1])
+    if name in ABSENT:
+        return f"{dotted(location)} is not a key; {ABSENT[name]}"
     siblings = names_at(section)
 
     def sibling(cutoff: float) -> str | None:
@@ -136,6 +204,8 @@ def _wrong_type(location: Location, key: Key | None, value: Any) -> str:
     kind = "number" if isinstance(location[-1], int) else key.kind  # an entry of a list of numbers
     article = "" if kind in ("text", "true or false") else "a "
     hint = "put it in quotes" if key.text and isinstance(value, int | float | bool) else _remedy(key)
+    if key.text and isinstance(value, dict | list):
+        hint = f"text that begins with {'{' if isinstance(value, dict) else '['} must stand in quotes, e.g. {_EXAMPLE}"
     if value is None:
         hint = f"remove the line to have the default, {key.default}" if key.default else "give it a value"
     return f"{name} must be {article}{kind}{f' {key.bounds}' if key.bounds else ''}, got {_shown(value)}; {hint}"

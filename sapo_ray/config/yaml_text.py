@@ -74,6 +74,8 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
         return "a tab; indent with spaces"
     if "mapping values are not allowed" in problem:
         return f"{problem}; put text that holds a colon in quotes, and check the indentation"
+    if "<block end>, but found '<scalar>'" in problem or "found undefined alias" in problem:
+        return f"{problem}; text that begins with {{, [, *, & or a quote must stand in quotes as a whole"
     if "single document" in str(error.context):
         return "a second document begins here; a job file holds one"
     return problem

@@ -143,6 +143,7 @@ def test_the_quickstart_by_hand():
     assert (got.rollout.sequences, got.rollout.kv_wanted) == (256, 256 * 44 * 1024)
     assert got.object_store == 2 * 552_448 + 512 * (4 * 16 + 12 * 28)
     assert got.checkpoint == 138_112 * (4 + 12)
+    assert got.disk == 3 * 138_112 * (4 + 12) + 138_112 * 4, "two kept, one being written, the export"
 
 
 def test_staleness_asks_for_more_outstanding_payloads():
@@ -204,3 +205,18 @@ def test_the_blocks_of_logits_counted_are_those_that_the_learner_makes(tokens: i
     made = default_chunk_tokens(tokens, vocabulary) * vocabulary
     counted = min(tokens * vocabulary, max(-(-tokens // _LOGIT_SHARE) * vocabulary, _LOGIT_ELEMENTS))
     assert made <= counted < made + vocabulary
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        ([], 4),
+        (["rollout.workers=3", "rollout.tensor_parallel=2"], 8),
+        (["learner.transport=ipc"], 2),
+        (["learner.transport=ipc", "rollout.workers=1"], 2),
+    ],
+)
+def test_gpus_are_those_that_the_actors_ask_for(overrides: list[str], gpus: int):
+    got = estimate(resolve(QUICK, overrides))
+    assert got.gpus == gpus
+    assert dict(got.table())["GPUs"].startswith(f"{gpus};")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sapo_ray.config.keys import all_keys, names_at
 from sapo_ray.config.load import load_job, preset_names, resolve
-from sapo_ray.config.problems import FAMILIAR
+from sapo_ray.config.problems import ABSENT, FAMILIAR
 from sapo_ray.errors import ConfigError
 
 MINIMAL = {"steps": 1, "model": {"path": "m"}, "data": {"train": [{"path": "d.jsonl"}]}}
@@ -292,6 +292,35 @@ def test_an_unknown_key_is_refused_with_what_was_probably_meant(job: dict[str, A
 def test_the_names_other_trainers_use_lead_to_keys_that_exist():
     leaves = {name.replace("[]", ".0") for name in all_keys()}
     assert set(FAMILIAR.values()) <= leaves
+    ours = {name.rsplit(".", 1)[-1] for name in all_keys()}
+    assert ours.isdisjoint(ABSENT)
+    assert ours.isdisjoint(FAMILIAR)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "said"),
+    [
+        ("algorithm", "beta", r"algorithm\.beta is not a key; there is no KL penalty .*AdamW's two are learner\.betas"),
+        ("learner", "beta", r"learner\.beta is not a key; .*learner\.betas"),
+        ("algorithm", "kl_coef", r"algorithm\.kl_coef is not a key; there is no KL penalty and no reference model"),
+        ("rollout", "top_k", r"rollout\.top_k is not a key; training samples from the whole distribution"),
+        ("rollout", "min_p", r"rollout\.min_p is not a key; training samples from the whole distribution"),
+        ("rollout", "tensor_parallel_size", r"did you mean rollout\.tensor_parallel\?"),
+        ("algorithm", "clip_ratio", r"did you mean algorithm\.eps_low\?"),
+    ],
+)
+def test_names_of_other_trainers_are_answered(section: str, name: str, said: str):
+    with pytest.raises(ConfigError, match=said):
+        resolve({"preset": "quickstart", section: {name: 1}})
+
+
+def test_a_prompt_in_braces_without_quotes_is_told_to_put_them(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r'data\.prompt must be text, got .*must stand in quotes, e\.g\. prompt: "{que'
+    ):
+        load_job(write(tmp_path, "preset: quickstart\ndata:\n  prompt: {question}\n"))
+    with pytest.raises(ConfigError, match=r"line 3, column 22: not valid YAML: .*must stand in quotes as a whole"):
+        load_job(write(tmp_path, "preset: quickstart\ndata:\n  prompt: {question} = ?\n"))
 
 
 SECTIONS = ["", "model", "data", "data.train.0", "algorithm", "rollout", "verifier", "learner", "checkpoint"]

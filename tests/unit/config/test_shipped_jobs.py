@@ -44,7 +44,17 @@ def test_the_study_is_the_papers_recipe():
     assert (job.verifier.format_reward, job.verifier.answer) == ("think_answer", "tag")
     assert (job.algorithm.tau_preset, job.evaluation.temperature) == ("study", 0.7)
     assert job.learner.ranks + job.rollout.workers * job.rollout.tensor_parallel == 8
+    assert estimate(job).gpus == 8
     assert estimate(job).rank.total < 80e9
+
+
+def test_what_the_study_does_not_give_is_marked_as_ours():
+    lines = (ROOT / "configs/qwen2.5-7b-study.yaml").read_text().splitlines()
+    chosen = ["workers", "processes", "correction", "max_staleness", "every", "prompts_per_step", "mini_batches"]
+    for key in chosen:
+        own = [line for line in lines if line.strip().startswith(f"{key}:")]
+        assert own, key
+        assert all("# ours" in line for line in own), own
 
 
 def test_the_reference_page_is_up_to_date():
