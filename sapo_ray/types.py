@@ -221,7 +221,7 @@ class WeightsManifest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A manifest and the refs of its buckets (uint8 [nbytes] each; empty where the transport pushes by itself)."""
+    """A manifest and the refs of its buckets (uint8 [nbytes] each; empty for who was pushed them another way)."""
 
     manifest: WeightsManifest
     buckets: tuple[Any, ...]

@@ -129,8 +129,8 @@ class LearnerGroup:
     async def publish(self, version: PolicyVersion, receivers: Sequence[Any] = ()) -> Published:
         """Weights of this moment as objects owned by the caller's process.
 
-        With a native transport (nccl, ipc) and `receivers`, actors of rollout workers, they are pushed into those
-        instead, and no buckets come back; with shared memory `receivers` is not looked at.
+        With a native transport (nccl, ipc) they are also pushed into `receivers`, actors of rollout workers; the
+        buckets are then for workers that join later. With shared memory `receivers` is not looked at.
 
         Raises
             WorkerLost, DeadlineExceeded: the group is closed

@@ -47,7 +47,7 @@ class Sender:
     def publish(self, version: PolicyVersion, pushed: bool = False) -> Iterator[np.ndarray | WeightsManifest]:
         """On rank 0 yield each bucket, uint8 [nbytes], and at last the manifest; elsewhere only gather. Collective.
 
-        `pushed`: the weights went out another way; yield the manifest only.
+        `pushed`: workers that are up have the weights already; the buckets are for those that join later.
 
         Whoever iterates must be done with a bucket before asking for the next: a gathered parameter may lie under it.
         (Ray copies each into its object store on the way out.)
@@ -58,8 +58,7 @@ class Sender:
             with self._filled(bucket, sends) as raw:
                 if sends:
                     metas += [tensor_meta(slot, number, raw, self.dtype) for slot in bucket.slots]
-                    if not pushed:
-                        yield raw.numpy()
+                    yield raw.numpy()
         # Only under ZeRO-3 is a forward pass a collective; elsewhere the other ranks have nothing to add.
         canary = self._canary() if sends or self.gathers else None
         if canary and sends:

@@ -1,9 +1,9 @@
 """Native pushes of weights into vLLM on GPUs: NCCL broadcast or CUDA IPC, by vLLM's own trainer-side engines.
 
 The one module of the learner that knows vLLM, imported only where such a transport is used. A push reaches the workers
-that are up and says so; who joins later waits for the next one, or is served by a publish without receivers, as an
-export is. What arrived is attested as ever: the receiver takes checksums of the tensors and compares them with the
-manifest, whose checksums are of the same bytes.
+that are up; who joins later, and an export, take the buckets that every publish leaves in the object store. What
+arrived is attested as ever: the receiver takes checksums of the tensors and compares them with the manifest, whose
+checksums are of the same bytes.
 """
 
 from __future__ import annotations

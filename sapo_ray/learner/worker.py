@@ -196,8 +196,7 @@ class LearnerWorker:
     def publish(self, version: PolicyVersion, receivers: Sequence[Any] = ()) -> Iterator[np.ndarray | WeightsManifest]:
         """Rank 0 yields each bucket and then the manifest; the other ranks yield nothing. Collective.
 
-        With a native transport and `receivers` (rollout actors) the weights are pushed into those instead, and only
-        the manifest is yielded.
+        With a native transport the weights are pushed into `receivers` (rollout actors) first.
         """
         native = bool(receivers) and self.place.transport != "shared_memory"
         if native:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -87,8 +88,9 @@ class RolloutPool:
         return self._failure
 
     def push_targets(self) -> list[Any]:
-        """Actors for a native weight push, which `update` must follow. Who joins later waits for the next push."""
-        ready = self._ready()
+        """Actors for a native weight push, which `update` must follow; all others take the buckets."""
+        # Not into one that is just taking older weights over: two updates at once would break its engine.
+        ready = [worker for worker in self._ready() if not worker.bringing.locked()]
         self._pushed_to = frozenset(worker.id for worker in ready)
         return [worker.actor for worker in ready]
 
@@ -157,9 +159,7 @@ class RolloutPool:
 
     def _usable(self) -> list[RemoteWorker]:
         """Workers that hold the newest weights, or attested ones that are just being replaced by them."""
-        if self._published is None:
-            return []
-        newest = self._published.manifest.version
+        newest = self._published.manifest.version if self._published else None
         holding = [worker for worker in self._ready() if worker.takeover]
         return [worker for worker in holding if worker.version == newest or worker.bringing.locked()]
 
@@ -210,8 +210,10 @@ class RolloutPool:
         """Bring a worker to the newest weights, however often they change meanwhile. None when it was lost."""
         async with worker.bringing:
             while (published := self._published) and worker.version != published.manifest.version:
+                pushed = worker.id in self._pushed_to and published.manifest.transport != "shared_memory"
+                offer = replace(published, buckets=()) if pushed else published
                 try:
-                    takeover = await worker.take_over(published, self._spec.deadlines.publish_s)
+                    takeover = await worker.take_over(offer, self._spec.deadlines.publish_s)
                 except SapoRayError as error:
                     version = str(published.manifest.version)
                     self._event("takeover_failed", worker, version=version, reason=str(error))

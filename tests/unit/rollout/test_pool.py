@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -47,6 +48,7 @@ class FakeWorker(RemoteWorker):
         self.ended = ""
         self.noise: Takeover | None = None
         self.sampled: list[str] = []
+        self.took: list[int] = []
         self.made.append(self)
 
     async def start(self, noise: Takeover | None, deadline_s: float) -> None:
@@ -62,6 +64,7 @@ class FakeWorker(RemoteWorker):
 
     async def take_over(self, published: Published, deadline_s: float) -> Takeover:
         await self.go.wait()
+        self.took.append(len(published.buckets))
         if self.refuses.get(self.id, -1) == published.manifest.version.number:
             raise WeightsRefused(f"{self.id} refuses")
         return Takeover(
@@ -423,3 +426,67 @@ async def test_a_process_that_ends_while_its_worker_is_killed_is_no_error(monkey
     monkeypatch.setattr(remote.ray, "kill", lambda *_, **__: None)
     monkeypatch.setattr(remote.psutil, "wait_procs", lambda processes, timeout: ([], processes))
     await RemoteWorker.kill(worker)
+
+
+def pushed_with_buckets(number: int) -> Published:
+    return replace(published(number, pushed=True), buckets=(object(), object()))
+
+
+async def test_after_a_native_push_a_replacement_takes_the_buckets_and_the_others_do_not() -> None:
+    pool = pool_of(2)
+    await pool.start()
+    assert pool.push_targets() == ["rollout-0", "rollout-1"]
+    FakeWorker.refuses = {"rollout-1": 0}
+    assert [t.worker for t in await pool.update(pushed_with_buckets(0))] == ["rollout-0"]
+    await until(lambda: len(pool.workers()) == 2 and all(worker.version for worker in pool.workers()))
+    assert {worker.id: worker.took for worker in FakeWorker.made} == {
+        "rollout-0": [0],
+        "rollout-1": [0],
+        "rollout-1.1": [2],
+    }
+    assert pool.push_targets() == ["rollout-0", "rollout-1.1"]
+    await pool.update(pushed_with_buckets(1))
+    assert FakeWorker.made[2].took == [2, 0]
+    await pool.close()
+
+
+async def test_the_only_worker_may_die_after_a_native_push() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    pool.push_targets()
+    await pool.update(pushed_with_buckets(0))
+    FakeWorker.made[0].broken.set_result(WorkerLost("gone"))
+    await settled(pool)
+    assert await sampled_by(pool, "a") == "rollout-0.1"
+    await pool.close()
+
+
+async def test_nothing_is_pushed_into_a_worker_that_is_taking_older_weights_over() -> None:
+    pool = pool_of(2)
+    await pool.start()
+    pool.push_targets()
+    await pool.update(pushed_with_buckets(0))
+    FakeWorker.made[1].broken.set_result(WorkerLost("gone"))
+    await until(lambda: len(FakeWorker.made) == 3)
+    joining = FakeWorker.made[2]
+    joining.go.clear()
+    await until(lambda: joining.state is WorkerState.READY)
+    assert pool.push_targets() == ["rollout-0"]
+    update = asyncio.create_task(pool.update(pushed_with_buckets(1)))
+    await settled(pool)
+    joining.go.set()
+    await update
+    assert {worker.id: worker.version for worker in pool.workers()} == dict.fromkeys(
+        ("rollout-0", "rollout-1.1"), PolicyVersion(1, 1)
+    )
+    assert joining.took == [2, 2], "first the older ones, which it had begun with"
+    await pool.close()
+
+
+async def test_weights_that_went_through_shared_memory_after_all_come_with_their_buckets() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    pool.push_targets()
+    await pool.update(published(0))
+    assert FakeWorker.made[0].took == [1]
+    await pool.close()
