@@ -42,8 +42,19 @@ def read_stored(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "spec.json"
     if not path.is_file():
         raise CheckpointError(f"{run_dir} is not a run directory: it has no spec.json")
-    stored: dict[str, Any] = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(stored, dict):
+        raise _damaged(path, "not a JSON object")
     return stored
+
+
+def _damaged(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read ({problem}); restore it from a copy: without it nobody knows what this run was"
+    )
 
 
 def write_spec(run_dir: Path, spec: JobSpec) -> None:
@@ -73,11 +84,20 @@ def hold(run_dir: Path) -> Iterator[None]:
 def next_attempt(run_dir: Path) -> int:
     """Number of this attempt, from 1, recorded before anything else is written."""
     path = run_dir / "attempt"
-    attempt = int(path.read_text()) + 1 if path.exists() else 1
+    attempt = _newest_attempt(path) + 1 if path.exists() else 1
     write_text(path, f"{attempt}\n")
     return attempt
 
 
 def superseded(run_dir: Path, attempt: int) -> bool:
     """Whether a later attempt has taken the run over."""
-    return int((run_dir / "attempt").read_text()) > attempt
+    return _newest_attempt(run_dir / "attempt") > attempt
+
+
+def _newest_attempt(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); write the number of the newest attempt into it, as journal.jsonl has it"
+        ) from error

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from fakes import job
 
+from sapo_ray.driver import run
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, superseded, write_spec
 from sapo_ray.driver.tracking import MetricsFile
-from sapo_ray.errors import CheckpointError, ConfigError
+from sapo_ray.errors import CheckpointError, ConfigError, SapoRayError
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -20,6 +21,21 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"holds a run already; go on with it by `sapo-ray resume"):
         new_run_dir(spec)
+
+
+@pytest.mark.parametrize("text", ["", '{"steps": 3', "[]", "\xff", '{"steps": -1}', '{"steps": 1, "modle": {}}'])
+def test_a_damaged_job_in_a_run_directory_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "spec.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SapoRayError, match=r"spec\.json cannot be read|stored job"):
+        run.resume(tmp_path, [])
+
+
+@pytest.mark.parametrize("text", ["", "two"])
+def test_a_damaged_attempt_number_is_an_error_that_says_what_to_write(tmp_path: Path, text: str) -> None:
+    (tmp_path / "attempt").write_text(text)
+    for ask in (lambda: next_attempt(tmp_path), lambda: superseded(tmp_path, 1)):
+        with pytest.raises(CheckpointError, match=r"attempt cannot be read .*write the number of the newest attempt"):
+            ask()
 
 
 def test_two_processes_cannot_write_to_one_run(tmp_path: Path) -> None:
