@@ -74,11 +74,15 @@ class Outcome:
 
     ending: Ending | None
     """The order that ended it before its last step, if one did."""
+    abandoned: bool
+    """That order did not wait for the step under way; its learner is gone."""
     steps: int
     before: Evaluation | None
     after: Evaluation | None
     seconds: dict[str, float]
     published: Published
+    export: Path | None = None
+    """Where the published weights were written for others."""
 
 
 class Driver:
@@ -124,7 +128,7 @@ class Driver:
     async def run(self, checkpoint: Path | None) -> Outcome:
         """Train to the last step, from the start or from `checkpoint`; or until an order ends it before that."""
         ending: Ending | None
-        after = None
+        after, abandoned = None, False
         try:
             state = await self._begin(checkpoint)
             try:
@@ -134,10 +138,11 @@ class Driver:
                     if ending is None:
                         after = await self._finish()
             except Ended as order:  # the step under way was abandoned
-                ending = order.state
+                ending, abandoned = order.state, True
             assert self._published is not None
             return Outcome(
                 ending=ending,
+                abandoned=abandoned,
                 steps=self._published.manifest.version.number,
                 before=self._before,
                 after=after,
@@ -367,7 +372,7 @@ class Driver:
         if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
             self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
         if note := self._orders.scale_deferred(self._spec.rollout.workers):
-            self._journal.event("condition", condition="ScaleDeferred", reason=note)
+            self._journal.event("condition", condition="ScaleDeferred", **note)
         stale = self._drops[DropReason.STALE] / self._spec.rollout.prompts_per_step
         if stale > STALE_RATE_CONDITION:
             self._journal.event("condition", condition="StaleDrops", rate=stale)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sapo_ray.errors import CheckpointError, ResourceError, SapoRayError
 
@@ -71,8 +71,7 @@ class Journal:
                 self._listener = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        if self._fence is not None:
-            raise type(self._fence)(str(self._fence))
+        self.check()
         self._unsynced.append(json_line(record))
 
     def fence(self, reason: SapoRayError) -> None:
@@ -81,6 +80,11 @@ class Journal:
             self._fence = reason
             self._unsynced.clear()
 
+    def check(self) -> None:
+        """Raise the reason of the fence, if there is one."""
+        if self._fence is not None:
+            raise type(self._fence)(str(self._fence))
+
     def sync_now(self) -> None:
         """Write and fsync everything recorded so far.
 
@@ -88,8 +92,7 @@ class Journal:
             ResourceError: the disk did not take it; nothing is lost, the next call tries again.
         """
         with self._lock:
-            if self._fence is not None:
-                raise type(self._fence)(str(self._fence))
+            self.check()
             lines = list(self._unsynced)
             if not lines:
                 return
@@ -160,20 +163,36 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                 raise CheckpointError(f"{path}:{number}: not a journal line ({error}); the file was damaged") from error
 
 
+def last_attempt(path: Path) -> int:
+    """Attempt of a journal's last whole line; 0 if it has none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        end = _line_start(file, file.seek(0, os.SEEK_END))  # a torn line after it may be being written
+        file.seek(_line_start(file, max(0, end - 1)))
+        line = file.read(end - file.tell())
+    return int(json.loads(line)["attempt"]) if line else 0
+
+
 def _cut_torn_tail(path: Path) -> None:
     """Drop a half-written last line, so that the next append starts on a line of its own."""
     if not path.exists():
         return
     with path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
-        start = size
-        while start > 0:
-            step = min(start, 1 << 16)
-            file.seek(start - step)
-            newline = file.read(step).rfind(b"\n")
-            if newline >= 0:
-                start = start - step + newline + 1
-                break
-            start -= step
+        start = _line_start(file, size)
         if start < size:
             file.truncate(start)
+
+
+def _line_start(file: BinaryIO, end: int) -> int:
+    """Place after the last newline before `end`."""
+    start = end
+    while start > 0:
+        step = min(start, 1 << 16)
+        file.seek(start - step)
+        newline = file.read(step).rfind(b"\n")
+        if newline >= 0:
+            return start - step + newline + 1
+        start -= step
+    return 0

@@ -74,7 +74,7 @@ class Link:
             self._wake.set()
 
     def close(self) -> None:
-        """Deliver the rest, within the flush bound; say so where that did not succeed. The journal closes after this."""
+        """Deliver the rest, within the flush bound; say so where that fails. The journal closes after this."""
         if self._thread is None:
             return
         self._closing_until = time.monotonic() + self._flush_s

@@ -20,7 +20,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sapo_ray.api.link import Orders
 from sapo_ray.errors import SapoRayError
@@ -131,18 +131,18 @@ class StandingOrders:
         """A checkpoint that was begun after `request` was seen is visible."""
         self._served = max(self._served, request or 0)
 
-    def scale_deferred(self, workers: int) -> str | None:
-        """What to say, once, about a number of rollout workers other than `workers`, which the attempt has."""
+    def scale_deferred(self, workers: int) -> dict[str, Any] | None:
+        """Condition to report, once, about a number of rollout workers other than `workers`, which the attempt has."""
         wanted = self._orders.rollout_workers if self._orders else workers
         if wanted == (workers if self._told_workers is None else self._told_workers):
             return None
         self._told_workers = wanted
         if wanted == workers:
-            return f"{workers} rollout workers are asked for again, which is what this attempt has"
-        return (
-            f"{wanted} rollout workers are asked for; this attempt keeps its {workers}, the next one has {wanted} "
-            "(pause and resume the job for them now)"
-        )
+            return {"reason": f"{workers} rollout workers are asked for again", "cleared": True}
+        return {
+            "reason": f"{wanted} rollout workers are asked for; this attempt keeps its {workers}, the next one will "
+            f"have {wanted} (pause and resume the job to have them now)"
+        }
 
     @asynccontextmanager
     async def heeded(self, patience: Patience) -> AsyncIterator[None]:

