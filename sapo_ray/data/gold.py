@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from sapo_ray.data.marked import last_boxed, last_gsm8k
+
 GoldKind = Literal["as_is", "gsm8k", "boxed", "auto"]
 
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -20,36 +22,23 @@ def extract_gold(answer: str, kind: GoldKind) -> str:
     Raises:
         ValueError: it is not there, or empty; says what was looked for.
     """
-    hashes, box = answer.rfind("####"), answer.rfind("\\boxed{")
+    hashes, box = answer.rfind("####"), answer.rfind("\\boxed")
     if kind == "auto":
         kind = "gsm8k" if hashes > box else "boxed" if box > hashes else "as_is"
+    gold: str | None = answer
+    looked_for = "an answer"
     if kind == "gsm8k":
-        line = answer[hashes + 4 :].strip().partition("\n")[0]
-        gold = None if hashes < 0 else _COMMA_IN_NUMBER.sub("", line)
+        found = last_gsm8k(answer, numbers_only=False)
+        gold = None if found is None else _COMMA_IN_NUMBER.sub("", found.answer)
         looked_for = "an answer after `####`"
     elif kind == "boxed":
-        gold = _boxed(answer, box)
+        found = last_boxed(answer)
+        # A reference whose last box is cut off is not the box before it.
+        gold = None if found is None or found.start != box else found.answer
         looked_for = "an answer in a balanced `\\boxed{}`"
-    else:
-        gold, looked_for = answer, "an answer"
     if gold is None or not gold.strip():
         raise ValueError(f"{looked_for} was expected, got {_shortened(answer)!r}")
     return gold.strip()
-
-
-def _boxed(text: str, start: int) -> str | None:
-    """Inside of the `\\boxed{` at `start`, up to the brace that closes it."""
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        character = text[position]
-        if character in "{}" and text[position - 1] != "\\":
-            depth += 1 if character == "{" else -1
-            if depth == 0:
-                return text[start:position]
-    return None
 
 
 def _shortened(text: str) -> str:

@@ -84,17 +84,6 @@ class PromptSource:
         self._taken[source] += 1
         return self._prompt(source, int(self._usable[source][position]), epoch, index)
 
-    def prompt(self, prompt_id: str, index: int) -> Prompt:
-        """A prompt by its id, wherever the stream stands; to issue again what a checkpoint says is outstanding.
-
-        Raises:
-            CheckpointError: no such prompt is in these sources.
-        """
-        name, row, epoch = prompt_id.rsplit(":", 2)
-        if name not in self._names or int(row) >= len(self._rows[self._names.index(name)]):
-            raise CheckpointError(f"prompt {prompt_id!r} is not in data.train, which has {', '.join(self._names)}")
-        return self._prompt(self._names.index(name), int(row), int(epoch), index)
-
     def state(self) -> dict[str, Any]:
         """Where the stream stands; JSON, one number per source."""
         return {"fingerprint": self.fingerprint, "taken": dict(zip(self._names, self._taken, strict=True))}

@@ -95,16 +95,6 @@ def test_the_state_is_one_number_per_source(mixed: DataSpec, addition_tokenizer:
     assert source.state() == {"fingerprint": source.fingerprint, "taken": {"few": 250, "many": 750}}
 
 
-def test_an_outstanding_prompt_is_found_again_by_its_id(mixed: DataSpec, addition_tokenizer: Any) -> None:
-    source = PromptSource(mixed, addition_tokenizer, seed=0)
-    prompts = [source.take() for _ in range(40)]
-    fresh = PromptSource(mixed, addition_tokenizer, seed=0)
-    assert [fresh.prompt(p.id, p.index) for p in prompts] == prompts
-    assert fresh.take() == prompts[0]
-    with pytest.raises(CheckpointError, match=r"prompt 'few:7:0' is not in data\.train, which has few, many"):
-        fresh.prompt("few:7:0", 0)
-
-
 def test_a_state_of_other_data_is_refused(tmp_path: Path, addition_tokenizer: Any) -> None:
     def make(*questions: str, **settings: Any) -> PromptSource:
         data = _data({"path": _file(tmp_path / "sums.jsonl", list(questions))}, **settings)
@@ -212,10 +202,11 @@ def test_evaluation_on_the_held_out_sums(addition_tokenizer: Any) -> None:
 
 def test_gsm8k_prompts_fit_the_bytes_model(shared: Path, bytes_tokenizer: Any) -> None:
     folder = shared / "data" / "gsm8k"
-    data = DataSpec.model_validate({"train": [{"path": str(folder)}], "max_prompt_tokens": 1536})
-    source = PromptSource(data, bytes_tokenizer, seed=0)
+    settings = {"train": [{"path": str(folder)}], "max_prompt_tokens": 1536, "shuffle": False}
+    source = PromptSource(DataSpec.model_validate(settings), bytes_tokenizer, seed=0)
     assert (len(source), source.skipped) == (7473, 0)
-    first = source.prompt("gsm8k:0:0", 0)
+    first = source.take()
+    assert first.id == "gsm8k:0:0"
     assert first.text.startswith("<|im_start|>user\nNatalia sold clips to 48 of her friends in April, and then ")
     assert first.gold == "72"
     assert bytes_tokenizer.decode(first.token_ids) == first.text
