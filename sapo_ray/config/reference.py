@@ -15,7 +15,7 @@ from sapo_ray.config.spec import JobSpec, Section, SourceSpec
 _HEAD = """\
 # Jobs
 
-<!-- Written by `make docs` from sapo_ray/config/spec.py; edit there. -->
+<!-- Written by `make docs` from sapo_ray/config/spec.py and sections.py; edit there. -->
 
 A job is one YAML file. The smallest one is a line, `preset: quickstart`; `configs/` holds a few more.
 `sapo-ray validate JOB.yaml --show` prints a job with every key.
