@@ -6,7 +6,9 @@ Pure functions of graded groups, so that a resumed run decides as the first one 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -155,3 +157,22 @@ def stale_by_length(dropped: list[GradedGroup], max_new_tokens: int) -> dict[str
         for group in dropped
     )
     return {f"drops/stale_length_q{quarter + 1}": float(counts[quarter]) for quarter in range(4)}
+
+
+def sample_rows(groups: Sequence[GradedGroup]) -> list[dict[str, Any]]:
+    """What people read beside the texts of completions, one row each in the order of the groups."""
+    return [
+        {
+            "group": c.meta.group_id,
+            "i": c.meta.sample_index,
+            "prompt": group.prompt.text,
+            "gold": group.prompt.gold,
+            "verdict": c.grading.verdict,
+            "reward": c.grading.reward,
+            "parts": c.grading.parts,
+            "reason": c.grading.reason,
+            "detail": c.grading.detail,
+        }
+        for group in groups
+        for c in group.completions
+    ]

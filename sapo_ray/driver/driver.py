@@ -7,7 +7,7 @@
                         +------- slots given back once the workers have taken over ------------+
 
     who             consumes              produces            waits for                     is unblocked by
-    _fill           prompts, free slots   outstanding groups  a free slot                   _publish, a drop
+    Intake          prompts, free slots   outstanding groups  a free slot                   _publish, a drop
     Collector       one prompt            one graded group    a worker, then a verifier     the pools
     _next_batch     graded groups         a Batch             the next group in issue order Collector
     _train          a Batch               new weights         the learner                   the learner
@@ -33,27 +33,24 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from sapo_ray.algorithms.advantages import has_signal
 from sapo_ray.algorithms.settings import Objective
 from sapo_ray.config.load import spec_hash
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.batch import Batch, batch_metrics, group_rewards, make_batch, reason_to_drop, stale_by_length
+from sapo_ray.driver.batch import Batch, batch_metrics, sample_rows, stale_by_length
 from sapo_ray.driver.checkpoint import Checkpoints
-from sapo_ray.driver.collector import Collector, GradedGroup
+from sapo_ray.driver.collector import Collector
 from sapo_ray.driver.evaluation import Evaluation, evaluate
+from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.rundir import superseded
 from sapo_ray.driver.state import DriverState, restore_window, save_state
-from sapo_ray.driver.window import Window
 from sapo_ray.errors import DeadlineExceeded, Superseded, TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
 
 ERROR_RATE_CONDITION = 0.05
 STALE_RATE_CONDITION = 0.01
-DROPS_IN_A_ROW = 10
-"""Batches' worth of groups dropped without one kept before the run fails."""
 GRACE_S = 30.0
 """The parts bound their own waits and say more about them; the driver's bound is later by this."""
 
@@ -104,7 +101,6 @@ class Driver:
         orders: StandingOrders | None = None,
     ) -> None:
         self._spec = spec
-        self._objective = objective
         self._attempt = attempt
         self._run_dir = run_dir
         self._prompts = prompts
@@ -115,14 +111,13 @@ class Driver:
         self._trackers = trackers
         self._orders = orders or StandingOrders()
         self._collector = Collector(spec, parts.rollouts, parts.verifiers, journal)
-        self._window = Window(capacity=(spec.rollout.max_staleness + 1) * spec.rollout.prompts_per_step)
+        self._intake = Intake(
+            spec=spec, objective=objective, prompts=prompts, collector=self._collector, journal=journal
+        )
         self._step = self._updates = 0
         self._published: Published | None = None
         self._before: Evaluation | None = None
         self._seconds: Counter[str] = Counter()
-        self._drops: Counter[DropReason] = Counter()
-        self._stale: list[GradedGroup] = []
-        self._examined: list[GradedGroup] = []
         self._evaluation_metrics: dict[str, float] = {}
 
     async def run(self, checkpoint: Path | None) -> Outcome:
@@ -150,23 +145,22 @@ class Driver:
                 published=self._published,
             )
         finally:
-            await self._window.cancel()
+            await self._intake.window.cancel()
 
     async def _take_steps(self) -> Ending | None:
         """All steps, or those until an order ends the run; returns that order."""
         self._journal.event("phase", phase="train", step=self._step, steps=self._spec.steps)
         while self._step < self._spec.steps and self._orders.ending != "cancelled":
             self._stop_if_superseded()
-            self._drops.clear()
             began = time.monotonic()
             batch = await self._next_batch()
             metrics = await self._train(batch)
             metrics |= await self._publish()
             metrics["seconds/step"] = time.monotonic() - began
-            self._window.release()
+            self._intake.window.release()
             pausing = self._orders.ending == "paused" and self._step < self._spec.steps
             if not pausing:
-                self._fill()
+                self._intake.fill(self._version())
             await self._evaluate_if_due()
             await self._record(batch, metrics)
             if pausing:
@@ -186,7 +180,7 @@ class Driver:
 
     async def _pause(self) -> None:
         """Nothing more is issued; what still runs may finish, and is kept in the checkpoint."""
-        running = [entry.task for entry in self._window.waiting()]
+        running = [entry.task for entry in self._intake.window.waiting()]
         self._journal.event("phase", phase="pause", step=self._step, groups=len(running))
         if running:
             with self._phase("generation"):
@@ -226,112 +220,29 @@ class Driver:
             self._before = await self._evaluate("evaluate_before", sampled=True)
         else:
             assert checkpoint is not None
-            await restore_window(state, checkpoint, self._window, self._parts.payloads, self._collect)
-            for entry in self._window.waiting():
+            await restore_window(state, checkpoint, self._intake.window, self._parts.payloads, self._intake.collect)
+            for entry in self._intake.window.waiting():
                 self._journal.ledger("issued", group=entry.prompt.id, index=entry.prompt.index, restored=True)
-        self._fill()
+        self._intake.fill(self._version())
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def _fill(self) -> None:
-        """Issue prompts while slots are free and steps are left that need them."""
-        needed = (self._spec.steps - self._step) * self._spec.rollout.prompts_per_step
-        while self._window.free() > 0 and len(self._window) < needed:
-            prompt = self._prompts.take()
-            self._journal.ledger("issued", group=prompt.id, index=prompt.index, version=str(self._version()))
-            self._window.issue(prompt, lambda prompt=prompt: asyncio.create_task(self._collect(prompt)))  # type: ignore[misc]
-
-    async def _collect(self, prompt: Prompt) -> GradedGroup:
-        """One training group, and its line in the ledger."""
-        rollout = self._spec.rollout
-        group = await self._collector.collect(
-            prompt,
-            samples=rollout.group_size,
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-        )
-        self._journal.ledger(
-            "graded",
-            group=prompt.id,
-            completions=[
-                {
-                    "i": c.meta.sample_index,
-                    "tokens": c.meta.tokens,
-                    "finish": c.meta.finish_reason,
-                    "worker": c.meta.worker,
-                    "spans": [[str(span.version), span.start, span.end] for span in c.meta.spans],
-                    "verdict": c.grading.verdict,
-                    "reward": c.grading.reward,
-                    "reason": c.grading.reason,
-                    "detail": c.grading.detail,
-                }
-                for c in group.completions
-            ],
-        )
-        return group
-
     async def _next_batch(self) -> Batch:
-        """The next `prompts_per_step` usable groups in issue order; drops what is not usable, with its reason."""
-        wanted = self._spec.rollout.prompts_per_step
-        taken: list[GradedGroup] = []
-        self._examined, self._stale = [], []
-        dropped_in_a_row = 0
+        """The next groups in issue order; what cannot be used is dropped on the way."""
         with self._phase("generation"):
             async with self._bounded("the next batch of graded groups", self._spec.deadlines.batch_s):
-                while len(taken) < wanted:
-                    self._fill()
-                    group = await asyncio.shield(self._window.first().task)
-                    self._examined.append(group)
-                    reason = reason_to_drop(group, self._spec, self._step)
-                    if reason is None and self._may_resample(group, wanted - len(taken)):
-                        self._drop(group, DropReason.ZERO_SIGNAL)
-                    elif reason is None:
-                        self._window.consume()
-                        taken.append(group)
-                        dropped_in_a_row = 0
-                    else:
-                        self._drop(group, reason)
-                        dropped_in_a_row += 1
-                        if dropped_in_a_row >= DROPS_IN_A_ROW * wanted:
-                            raise TrainingFailed(
-                                f"{dropped_in_a_row} groups in a row could not be used: {_count(self._drops)}; "
-                                f"the last: {_last_detail(group)}; see `graded` and `dropped` in journal.jsonl"
-                            )
-        return make_batch(taken, self._spec, self._objective)
-
-    def _may_resample(self, group: GradedGroup, missing: int) -> bool:
-        """Dynamic sampling: whether a group without signal is replaced, so that the step stays within its bound."""
-        algorithm = self._spec.algorithm
-        bound = algorithm.dynamic_sampling_limit * self._spec.rollout.prompts_per_step
-        return (
-            algorithm.dynamic_sampling
-            and len(self._examined) + missing <= bound
-            and not has_signal(group_rewards(group, self._spec))
-        )
-
-    def _drop(self, group: GradedGroup, reason: DropReason) -> None:
-        """Give up the group at the front of the window."""
-        self._journal.ledger("dropped", group=group.prompt.id, reason=reason, step=self._step + 1)
-        self._drops[reason] += 1
-        if reason is DropReason.STALE:
-            self._stale.append(group)
-        self._window.drop()
+                return await self._intake.next_batch(self._version())
 
     async def _train(self, batch: Batch) -> dict[str, float]:
         """One learner step: all its updates. Afterwards the batch is consumed."""
         with self._phase("training"):
             async with self._bounded("the learner's step", self._spec.deadlines.step_s + GRACE_S):
                 report = await self._parts.learner.train(self._step + 1, list(batch.samples))
-        metrics = batch_metrics(batch, self._examined, self._spec, self._step)
+        metrics = batch_metrics(batch, self._intake.examined, self._spec, self._step)
         self._step += 1
         self._updates += report.updates
-        dropped = set(report.dropped)
-        for group_id, sample_index in report.dropped:
-            self._journal.ledger(
-                "dropped", group=group_id, i=sample_index, reason=DropReason.NONFINITE, step=self._step
-            )
-            self._drops[DropReason.NONFINITE] += 1
-        self._journal.ledger("consumed", step=self._step, groups=batch.advantages_by_group(without=dropped))
+        self._intake.drop_samples(report.dropped, self._step)
+        self._journal.ledger("consumed", step=self._step, groups=batch.advantages_by_group(set(report.dropped)))
         return metrics | dict(report.metrics)
 
     async def _publish(self) -> dict[str, float]:
@@ -365,50 +276,34 @@ class Driver:
         """Metrics, conditions and the journal, durable before the next step."""
         metrics |= self._evaluation_metrics
         self._evaluation_metrics = {}
-        metrics |= {f"drops/{reason}": float(self._drops[reason]) for reason in DropReason}
-        metrics |= stale_by_length(self._stale, self._spec.rollout.max_new_tokens)
+        metrics |= {f"drops/{reason}": float(self._intake.drops[reason]) for reason in DropReason}
+        metrics |= stale_by_length(self._intake.stale, self._spec.rollout.max_new_tokens)
         metrics |= {f"seconds/all_{phase}": seconds for phase, seconds in self._seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
         if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
             self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
         if note := self._orders.scale_deferred(self._spec.rollout.workers):
             self._journal.event("condition", condition="ScaleDeferred", **note)
-        stale = self._drops[DropReason.STALE] / self._spec.rollout.prompts_per_step
+        stale = self._intake.drops[DropReason.STALE] / self._spec.rollout.prompts_per_step
         if stale > STALE_RATE_CONDITION:
             self._journal.event("condition", condition="StaleDrops", rate=stale)
         for tracker in self._trackers:
             tracker.log(self._step, metrics)
         await self._keep_samples(batch)
-        drops = {str(reason): count for reason, count in self._drops.items()}
+        drops = {str(reason): count for reason, count in self._intake.drops.items()}
         self._journal.event("step", step=self._step, steps=self._spec.steps, drops=drops, metrics=metrics)
         await self._journal.sync()
 
     async def _keep_samples(self, batch: Batch) -> None:
         """Texts of the first groups of the batch, for people to read."""
-        completions = [c for group in batch.groups[: self._spec.logging.sample_groups] for c in group.completions]
-        prompts = {group.prompt.id: group.prompt for group in batch.groups}
-        rows = [
-            {
-                "step": self._step,
-                "attempt": self._attempt,
-                "group": c.meta.group_id,
-                "i": c.meta.sample_index,
-                "prompt": prompts[c.meta.group_id].text,
-                "gold": prompts[c.meta.group_id].gold,
-                "verdict": c.grading.verdict,
-                "reward": c.grading.reward,
-                "parts": c.grading.parts,
-                "reason": c.grading.reason,
-                "detail": c.grading.detail,
-            }
-            for c in completions
-        ]
+        groups = batch.groups[: self._spec.logging.sample_groups]
+        rows = [{"step": self._step, "attempt": self._attempt, **row} for row in sample_rows(groups)]
         if not rows:
             return
         try:
             async with asyncio.timeout(GRACE_S):
                 await self._parts.payloads.log_texts(
-                    self._run_dir / "samples.jsonl", rows, [completion.payload for completion in completions]
+                    self._run_dir / "samples.jsonl", rows, [c.payload for group in groups for c in group.completions]
                 )
         except (TimeoutError, OSError, RayError) as error:  # texts are for people: the step was trained without them
             self._journal.event("condition", condition="SamplesNotKept", reason=str(error) or "nothing within 30 s")
@@ -440,7 +335,7 @@ class Driver:
             updates=self._updates,
             seconds=dict(self._seconds),
         )
-        await save_state(state, folder, self._window, self._parts.payloads)
+        await save_state(state, folder, self._intake.window, self._parts.payloads)
         await self._journal.sync()  # what the checkpoint stands on is durable before the checkpoint is visible
 
     async def _evaluate_if_due(self) -> None:
@@ -488,20 +383,8 @@ class Driver:
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            waiting = [entry.prompt.id for entry in self._window.waiting() if not entry.task.done()][:3]
+            waiting = [entry.prompt.id for entry in self._intake.window.waiting() if not entry.task.done()][:3]
             raise DeadlineExceeded(
                 f"waited {seconds:g} s for {what} at step {self._step}; groups under way: {waiting or 'none'}; "
                 "see deadlines in the job"
             ) from error
-
-
-def _count(drops: Counter[DropReason]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in drops.items())
-
-
-def _last_detail(group: GradedGroup) -> str:
-    """Why the last completion of a group has no verdict, in the verifier's words."""
-    if not group.completions:
-        return f"group {group.prompt.id} has no completions"
-    grading = group.completions[-1].grading
-    return f"{grading.reason} {grading.detail}".strip() or "no reason given"
