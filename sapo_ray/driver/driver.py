@@ -26,8 +26,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,8 @@ from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.rundir import superseded
 from sapo_ray.driver.state import DriverState, restore_window, save_state
-from sapo_ray.errors import DeadlineExceeded, Superseded, TrainingFailed
+from sapo_ray.driver.waits import bounded
+from sapo_ray.errors import Superseded, TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
 
 ERROR_RATE_CONDITION = 0.05
@@ -373,18 +374,11 @@ class Driver:
         finally:
             self._seconds[name] += time.monotonic() - began  # type: ignore[assignment]
 
-    @asynccontextmanager
-    async def _bounded(self, what: str, seconds: float) -> AsyncIterator[None]:
+    def _bounded(self, what: str, seconds: float) -> AbstractAsyncContextManager[None]:
         """No wait is endless, and each says what it was for."""
-        scope = asyncio.timeout(seconds)
-        try:
-            async with scope:
-                yield
-        except TimeoutError as error:
-            if not scope.expired():
-                raise
+
+        def details() -> str:
             waiting = [entry.prompt.id for entry in self._intake.window.waiting() if not entry.task.done()][:3]
-            raise DeadlineExceeded(
-                f"waited {seconds:g} s for {what} at step {self._step}; groups under way: {waiting or 'none'}; "
-                "see deadlines in the job"
-            ) from error
+            return f" at step {self._step}; groups under way: {waiting or 'none'}; see deadlines in the job"
+
+        return bounded(seconds, what, details)

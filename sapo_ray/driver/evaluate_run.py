@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from sapo_ray.driver.evaluation import Evaluation, evaluate
 from sapo_ray.driver.inputs import EvaluationInputs, prepare_evaluation
 from sapo_ray.driver.journal import Journal, Listener
 from sapo_ray.driver.run import published_bytes
-from sapo_ray.errors import ConfigError, DeadlineExceeded
+from sapo_ray.driver.waits import bounded
+from sapo_ray.errors import ConfigError
 from sapo_ray.models.publish import publish_folder
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.types import PolicyVersion, Published
@@ -59,15 +58,17 @@ async def _evaluate(spec: JobSpec, inputs: EvaluationInputs, work_dir: Path, jou
         journal.event("evaluating", completions=kind, done=done, prompts=total)
 
     journal.event("phase", phase="start")
-    with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), work_dir / "logs"):
+    with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), None):
         rollouts, verifiers = RolloutPool(spec, str(inputs.model_path)), VerifierPool(spec.verifier)
         try:
             await asyncio.gather(rollouts.start(), verifiers.start())  # each bounds its own start
-            async with _bounded("publishing the model's weights", "publish_s", 2 * spec.deadlines.publish_s):
+            async with bounded(
+                2 * spec.deadlines.publish_s, "publishing the model's weights", lambda: "; see deadlines.publish_s"
+            ):
                 await rollouts.update(await _publish(spec, inputs, version))
             journal.event("phase", phase="evaluating", prompts=total)
             collector = Collector(spec, rollouts, verifiers, journal)
-            async with _bounded("the evaluation", "evaluation_s", spec.deadlines.evaluation_s):
+            async with bounded(spec.deadlines.evaluation_s, "the evaluation", lambda: "; see deadlines.evaluation_s"):
                 return await evaluate(
                     collector,
                     inputs.evaluation,
@@ -79,18 +80,6 @@ async def _evaluate(spec: JobSpec, inputs: EvaluationInputs, work_dir: Path, jou
                 )
         finally:
             await asyncio.gather(rollouts.close(), verifiers.close(), return_exceptions=True)
-
-
-@asynccontextmanager
-async def _bounded(what: str, key: str, seconds: float) -> AsyncIterator[None]:
-    scope = asyncio.timeout(seconds)
-    try:
-        async with scope:
-            yield
-    except TimeoutError as error:
-        if not scope.expired():
-            raise
-        raise DeadlineExceeded(f"waited {seconds:g} s for {what}; see deadlines.{key} in the job") from error
 
 
 async def _publish(spec: JobSpec, inputs: EvaluationInputs, version: PolicyVersion) -> Published:
