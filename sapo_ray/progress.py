@@ -28,6 +28,7 @@ TROUBLE = {
     "worker_lost": "was lost",
     "takeover_failed": "failed to take the weights over",
     "worker_not_replaced": "is not replaced",
+    "pool_failed": "failed",
 }
 """What happened to a worker, of all events about workers those that a person should see."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,26 +11,29 @@ from pathlib import Path
 import psutil
 import ray
 
+from sapo_ray.actor_log import LOG_DIR
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ResourceError
+from sapo_ray.temporary import temporary_folder
 
 ACTOR_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @contextmanager
-def ray_for(spec: JobSpec, weight_bytes: int, logs: Path) -> Iterator[None]:
+def ray_for(spec: JobSpec, weight_bytes: int, logs: Path | None) -> Iterator[None]:
     """Connect to RAY_ADDRESS if it is set, else start a local Ray for this run and end it afterwards.
 
     `weight_bytes` is the size of published weights. A local Ray gets as many logical CPUs as the job has actors: on a
-    small machine they share the real ones. Its files live in a temporary folder that is removed; what the actors
-    printed is kept in `logs`.
+    small machine they share the real ones. Its files live in a temporary folder that is removed. The actors write what
+    they print to `logs`, on a cluster too; of a local Ray, its own logs are kept there as well.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    actor_env = ACTOR_ENV if logs is None else ACTOR_ENV | {LOG_DIR: str(logs.absolute())}
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": ACTOR_ENV})
+        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": actor_env})
         try:
             yield
         finally:
@@ -42,24 +44,25 @@ def ray_for(spec: JobSpec, weight_bytes: int, logs: Path) -> Iterator[None]:
     # Two weight buffers, the payloads of all outstanding groups, and headroom.
     store = max(512 << 20, int(2.2 * weight_bytes) + (256 << 20))
     check_shared_memory(store)
-    folder = tempfile.mkdtemp(prefix="sapo-")  # short: the paths of sockets are limited to about 100 characters
-    try:
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, spec.rollout.workers + spec.learner.ranks + 1),
-            object_store_memory=store,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            _temp_dir=folder,
-            runtime_env={"env_vars": ACTOR_ENV},
-        )
-        yield
-    finally:
-        ray.shutdown()
+    # Ray runs its workers at niceness 15: whatever else the machine does would then come before the engines.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    with temporary_folder() as folder:
+        session = folder / "r"  # a folder below: Ray opens its own to all users
         try:
-            _keep_logs(Path(folder), logs)
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, spec.rollout.workers + spec.learner.ranks + 1),
+                object_store_memory=store,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                _temp_dir=str(session),
+                runtime_env={"env_vars": actor_env},
+            )
+            yield
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            ray.shutdown()
+            if logs is not None:
+                _keep_logs(session, logs)
 
 
 def check_shared_memory(needed: int) -> None:
@@ -75,10 +78,17 @@ def check_shared_memory(needed: int) -> None:
 
 
 def _keep_logs(ray_folder: Path, logs: Path) -> None:
-    """Copy what actors and Ray itself printed; empty files are left out."""
+    """Copy what Ray itself printed, and what workers did before or without a log of their own."""
     sessions = [path for path in ray_folder.glob("session_*") if path.is_dir() and not path.is_symlink()]
     for session in sessions:
         for file in (session / "logs").glob("*"):
-            if file.is_file() and file.stat().st_size and file.name.startswith(("worker-", "raylet", "gcs_server")):
+            kept = file.name.startswith(("worker-", "raylet", "gcs_server"))
+            if kept and file.is_file() and _says_something(file):
                 logs.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, logs / file.name)
+
+
+def _says_something(file: Path) -> bool:
+    """Whether there is a line beside those by which Ray tells whose file it is."""
+    with file.open("rb") as lines:
+        return any(not line.startswith((b":job_id:", b":actor_name:", b":task_name:")) for line in lines)
