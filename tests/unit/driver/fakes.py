@@ -19,6 +19,7 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.driver import Driver, Parts
 from sapo_ray.driver.journal import Journal, read_journal
+from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.payloads import load_payloads, save_payloads
 from sapo_ray.errors import WorkerLost
 from sapo_ray.types import (
@@ -261,6 +262,7 @@ class Bench:
     prompts: FakePrompts = field(default_factory=FakePrompts)
     rows: RowKeeper = field(default_factory=RowKeeper)
     evaluation: list[Prompt] = field(default_factory=list)
+    orders: StandingOrders = field(default_factory=StandingOrders)
 
     async def attempt(self, number: int = 1) -> Any:
         self.rollouts.learner = self.learner
@@ -283,6 +285,7 @@ class Bench:
             journal=journal,
             checkpoints=checkpoints,
             trackers=[self.rows],
+            orders=self.orders,
         )
         try:
             return await driver.run(checkpoints.newest())
@@ -298,6 +301,7 @@ class Bench:
             learner=FakeLearner(),
             prompts=FakePrompts(self.prompts.fingerprint),
             rows=RowKeeper(),
+            orders=StandingOrders(),
             **changes,
         )
 
