@@ -38,7 +38,7 @@ from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.result import machine, package_versions, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import open_trackers
-from sapo_ray.errors import ConfigError, DeadlineExceeded, Superseded, WorkerLost
+from sapo_ray.errors import ConfigError, DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
 from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
@@ -232,7 +232,7 @@ async def _run(
             )
             forwarding = asyncio.create_task(_forward(rollouts.events, journal))
             try:
-                outcome = await driver.run(checkpoint)
+                outcome = await _driven(driver.run(checkpoint), rollouts.until_failed())
             finally:
                 forwarding.cancel()
                 while not rollouts.events.empty():  # the last loss of a worker may be what explains a failure
@@ -250,6 +250,20 @@ async def _run(
             for error in closed:
                 if error is not None:
                     journal.event("condition", condition="CloseFailed", reason=repr(error))
+
+
+async def _driven(driving: Coroutine[Any, Any, Outcome], failing: Coroutine[Any, Any, TrainingFailed]) -> Outcome:
+    """The driver's outcome, or at once why the rollout pool cannot go on, whatever the driver waits for."""
+    run, failed = asyncio.create_task(driving), asyncio.create_task(failing)
+    try:
+        await asyncio.wait((run, failed), return_when=asyncio.FIRST_COMPLETED)
+        if not run.done():
+            raise failed.result()
+        return run.result()
+    finally:
+        failed.cancel()
+        run.cancel()
+        await asyncio.gather(run, failed, return_exceptions=True)
 
 
 async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> None:
