@@ -1,4 +1,4 @@
-"""Files of a job, whole or not at all: resumed by byte ranges, checked by size and SHA-256, renamed into place."""
+"""Files of a job, whole or not at all: resumed by byte ranges, checked by size and checksum, renamed into place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
 from sapo_ray.client.errors import ApiError, BadReply, ClientError, ConnectionFailed, RateLimited, Unavailable
@@ -19,6 +20,10 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Told path, bytes on the disk, bytes in all."""
+HASHES: dict[str, Callable[[], Any]] = {
+    "sha256": hashlib.sha256,
+    "blake2b": lambda: hashlib.blake2b(digest_size=16),
+}
 TRIES = 6
 """Failures in a row, without a byte in between, after which a file is given up."""
 
@@ -30,6 +35,9 @@ class RemoteFile(Shape):
     """Relative, with `/`."""
     bytes: int
     sha256: str | None = None
+    """Hexadecimal; None where the service has not computed it."""
+    blake2b: str | None = None
+    """Of 16 bytes, hexadecimal; checkpoints have it."""
 
 
 class Damaged(BadReply):
@@ -149,15 +157,22 @@ def _target(folder: Path, file: RemoteFile) -> Path:
 def _is_whole(path: Path, file: RemoteFile) -> bool:
     if not path.is_file() or path.stat().st_size != file.bytes:
         return False
-    if file.sha256 is None:
-        return True
+    return all(_digest(path, kind) == wanted for kind, wanted in _checksums(file).items())
+
+
+def _checksums(file: RemoteFile) -> dict[str, str]:
+    return {kind: value for kind in HASHES if (value := getattr(file, kind)) is not None}
+
+
+def _digest(path: Path, kind: str) -> str:
     with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+        return hashlib.file_digest(content, HASHES[kind]).hexdigest()
 
 
 def _damaged(file: RemoteFile) -> Damaged:
+    listed = ", ".join(f"{kind} {value}" for kind, value in _checksums(file).items())
     return Damaged(
-        f"{file.path} arrived damaged: not the {file.bytes} bytes with SHA-256 {file.sha256} that were listed"
+        f"{file.path} arrived damaged: not the {file.bytes} bytes that were listed ({listed or 'no checksum'})"
     )
 
 

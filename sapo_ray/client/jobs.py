@@ -13,7 +13,7 @@ from sapo_ray.client.download import Progress, RemoteFile, download
 from sapo_ray.client.errors import BadReply
 from sapo_ray.client.events import EventStream
 from sapo_ray.client.paging import rows
-from sapo_ray.client.shapes import Checked, read
+from sapo_ray.client.shapes import Checked, LogPart, read
 from sapo_ray.client.transport import Params, Transport, new_key
 from sapo_ray.config.job_file import read_job
 from sapo_ray.config.spec import JobSpec
@@ -224,6 +224,13 @@ class Jobs:
         """The log files of the job's processes: `name`, `bytes`."""
         return _rows(self._transport, f"{self._path(job_id)}/logs")
 
+    def log(self, job_id: str, name: str, offset: int = 0, limit: int | None = None) -> LogPart:
+        """A part of a log file, from byte `offset` on (negative: before its end); go on at its `next_offset`."""
+        path = f"{self._path(job_id)}/logs/{quote(name)}"
+        headers = {"Accept": "text/plain"}
+        reply = self._transport.request("GET", path, params={"offset": offset, "limit": limit}, headers=headers)
+        return read(LogPart, {"data": reply.body, "next_offset": reply.headers.get("x-next-offset")})
+
     def checkpoints(self, job_id: str) -> Rows:
         """Whole checkpoints, oldest first."""
         return _rows(self._transport, f"{self._path(job_id)}/checkpoints")
@@ -246,6 +253,17 @@ class Jobs:
         if not listed:
             raise BadReply(f"{base} lists no file")
         return download(self._transport, f"{base}/files", listed, Path(folder), progress)
+
+    def download_checkpoint(
+        self, job_id: str, name: str, folder: str | Path, progress: Progress | None = None
+    ) -> Files:
+        """A checkpoint of `checkpoints`, by its name, into `folder`; as `download_export`."""
+        for row in self.checkpoints(job_id):
+            if row.get("name") == name:
+                base = f"{self._path(job_id)}/checkpoints/{quote(name, safe='')}/files"
+                listed = [read(RemoteFile, one) for one in row.get("files", [])]
+                return download(self._transport, base, listed, Path(folder), progress)
+        raise ConfigError(f"{job_id} has no checkpoint {name!r} (any more); `checkpoints` lists those it has")
 
     def _act(self, job_id: str, verb: str, params: Params | None = None) -> Job:
         path = f"{self._path(job_id)}:{verb}"

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from sapo_ray.client.paging import rows
 from sapo_ray.client.shapes import ApiKey, Dataset, NewApiKey, read
-from sapo_ray.client.transport import Transport
+from sapo_ray.client.transport import Transport, new_key
 from sapo_ray.errors import DataError
 
 MEDIA_TYPES = {"jsonl": "application/jsonl", "parquet": "application/vnd.apache.parquet"}
@@ -44,18 +44,15 @@ class Datasets:
         if kind not in MEDIA_TYPES:
             raise DataError(f"{source} must end in .jsonl or .parquet, or say format='jsonl' or 'parquet'")
         try:
-            with source.open("rb") as file:
-                size = source.stat().st_size
-                headers = {"Content-Type": MEDIA_TYPES[kind], "Content-Length": str(size)}
-                params = {"name": name or source.name, "format": kind}
-                reply = self._transport.send(
-                    "POST",
-                    "/v1/datasets",
-                    params=params,
-                    content=iter(lambda: file.read(_CHUNK), b""),
-                    headers=headers,
-                    read_timeout=VALIDATION_S,
-                )
+            reply = self._transport.request(
+                "POST",
+                "/v1/datasets",
+                params={"name": name or source.name, "format": kind},
+                content=lambda: _chunks(source),
+                headers={"Content-Type": MEDIA_TYPES[kind], "Content-Length": str(source.stat().st_size)},
+                idempotency_key=new_key(),
+                read_timeout=VALIDATION_S,
+            )
         except OSError as error:
             raise DataError(f"{source} cannot be read: {error.strerror or error}") from error
         return read(Dataset, reply.json())
@@ -70,7 +67,7 @@ class Datasets:
         return read(Dataset, self._transport.request("GET", f"/v1/datasets/{quote(dataset_id, safe='')}").json())
 
     def delete(self, dataset_id: str) -> None:
-        """Remove the data set; jobs that use it and have not begun will fail."""
+        """Remove the data set. Conflict while a job that has not ended reads it."""
         self._transport.request("DELETE", f"/v1/datasets/{quote(dataset_id, safe='')}")
 
 
@@ -116,3 +113,9 @@ class Keys:
     def revoke(self, key_id: str) -> None:
         """From now on requests with the key are refused."""
         self._transport.request("DELETE", f"/v1/api-keys/{quote(key_id, safe='')}")
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from sapo_ray.api.problems import Problem
+from sapo_ray.client.errors import BadReply, Unavailable
 from sapo_ray.client.jobs import Jobs
 from sapo_ray.client.resources import Datasets, Keys, Models
 from sapo_ray.client.transport import TIMEOUT_S, Transport
@@ -47,16 +49,22 @@ class Client:
         return self._transport.base_url
 
     def ready(self) -> dict[str, Any]:
-        """What `/readyz` says, once: the service can do its work. Needs no key.
+        """What `/readyz` says, asked once: `status` is ready, or degraded (the cluster is down). Needs no key.
 
         Raises:
-            Unavailable: something it stands on is down; `problem` tells what.
+            Unavailable: database or disk are down; the message tells which.
             ConnectionFailed: nobody answers.
         """
-        with self._transport.stream("GET", "/readyz", public=True) as response:
+        with self._transport.stream("GET", "/readyz", public=True, also=frozenset({503})) as response:
             reply = self._transport.whole(response)
         found = reply.json()
-        return found if isinstance(found, dict) else {"status": found}
+        if not isinstance(found, dict) or "status" not in found:
+            raise BadReply(f"{self.base_url}/readyz does not say whether it is ready; is that a sapo-ray service?")
+        if reply.status == 503:
+            down = ", ".join(name for name, state in found.get("checks", {}).items() if state != "ok")
+            said = f"the service at {self.base_url} is not ready{f': {down} down' if down else ''}"
+            raise Unavailable(said, Problem(title="Not ready", status=503, code="not_ready", detail=said))
+        return found
 
     def close(self) -> None:
         """Close all connections."""

@@ -26,6 +26,14 @@ class Checked(Shape):
     """The resolved job, every key of it."""
 
 
+class LogPart(Shape):
+    """A part of a log file."""
+
+    data: bytes
+    next_offset: int
+    """Byte after the last one of `data`; ask for it to read on."""
+
+
 class Dataset(Shape):
     """Uploaded data; `data.train: [{path: dataset:<id>}]` uses it."""
 

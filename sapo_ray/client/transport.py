@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -117,11 +117,12 @@ class Transport:
         *,
         params: Params | None = None,
         body: Any = None,
+        content: Callable[[], Iterator[bytes]] | None = None,
         headers: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
-        public: bool = False,
+        read_timeout: float | None = None,
     ) -> Reply:
-        """A whole answer of status 2xx. `body` is sent as JSON; `public` endpoints need no key.
+        """A whole answer of status 2xx. `body` is sent as JSON, `content` as it comes, anew for each try.
 
         Raises:
             ApiError: the service answered with an error (see the tree in `errors`).
@@ -135,7 +136,15 @@ class Transport:
         failures = 0
         while True:
             try:
-                with self.stream(method, path, params=params, body=body, headers=sent, public=public) as response:
+                with self.stream(
+                    method,
+                    path,
+                    params=params,
+                    body=body,
+                    content=None if content is None else content(),
+                    headers=sent,
+                    read_timeout=read_timeout,
+                ) as response:
                     return self.whole(response)
             except (ConnectionFailed, ApiError) as error:
                 if method == "DELETE" and failures and isinstance(error, NotFound):
@@ -146,22 +155,6 @@ class Transport:
                 wait = self.backoff.wait_s(failures, getattr(error, "retry_after", None))
                 log.info("%s %s: %s; again in %.1f s", method, path, error, wait)
             time.sleep(wait)
-
-    def send(
-        self,
-        method: str,
-        path: str,
-        *,
-        content: Iterator[bytes],
-        params: Params | None = None,
-        headers: Mapping[str, str] | None = None,
-        read_timeout: float | None = None,
-    ) -> Reply:
-        """As `request`, for a body that is sent as it is read, once."""
-        with self.stream(
-            method, path, params=params, content=content, headers=headers, read_timeout=read_timeout
-        ) as response:
-            return self.whole(response)
 
     @contextmanager
     def stream(
@@ -175,8 +168,12 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         read_timeout: float | None = None,
         public: bool = False,
+        also: frozenset[int] = frozenset(),
     ) -> Iterator[httpx.Response]:
-        """One attempt: an answer of status 2xx whose body is still to be read. Raises as `request`."""
+        """One attempt: an answer of status 2xx, or one in `also`, whose body is still to be read. Raises as `request`.
+
+        `public` endpoints need no key.
+        """
         where = f"{method} {path}"
         request = self._http.build_request(
             method,
@@ -189,7 +186,7 @@ class Transport:
         try:
             response = self._http.send(request, stream=True)
             try:
-                if not response.is_success:
+                if not response.is_success and response.status_code not in also:
                     raise _error(self.whole(response), where)
                 yield response
             finally:
