@@ -7,7 +7,9 @@ write a megabyte of open braces.
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from sapo_ray.data.marked import Found, last_boxed, last_gsm8k
 
 AnswerForm = Literal["auto", "boxed", "gsm8k", "tag"]
 
@@ -16,76 +18,32 @@ class OwnBoundExceeded(Exception):
     """math-verify's own bound ran out, because nobody killed the process at the deadline."""
 
 
-class _Found(NamedTuple):
-    start: int
-    """Where its marker begins, in characters."""
-    answer: str
-
-
-_BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_GSM8K = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
-# `####` is also a Markdown heading; in auto mode only a number counts, with a unit of up to three words.
-_GSM8K_NUMBER = re.compile(
-    r"[-+]?\s?\\?\$?\s?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\s*\\?%?(?:\s[A-Za-z]+){0,3}\.?"
-)
-
-
 def extract_answer(completion: str, form: AnswerForm) -> str | None:
     """The answer as written, or None where there is none (an empty one counts as none).
 
     `boxed`: in the last balanced `\\boxed{}`; `gsm8k`: after the last `####`, to the end of the line; `tag`: in the
     last `<answer>...</answer>`; `auto`: whichever of these begins last.
     """
-    found: list[_Found | None] = []
+    found: list[Found | None] = []
     if form in ("boxed", "auto"):
-        found.append(_last_boxed(completion))
+        found.append(last_boxed(completion))
     if form in ("gsm8k", "auto"):
-        found.append(_last_gsm8k(completion, numbers_only=form == "auto"))
+        found.append(last_gsm8k(completion, numbers_only=form == "auto"))
     if form in ("tag", "auto"):
         found.append(_last_tag(completion))
     last = max((f for f in found if f is not None), default=None)
     if last is None:
         return None
     answer = last.answer.strip()
-    if "\\boxed" in answer and (inner := _last_boxed(answer)) is not None:
+    if "\\boxed" in answer and (inner := last_boxed(answer)) is not None:
         answer = inner.answer.strip()
     return answer or None
 
 
-def _last_boxed(text: str) -> _Found | None:
-    """Content of the balanced box that begins last; escaped braces do not count."""
-    first = text.find("\\boxed")
-    if first < 0:
-        return None
-    open_braces: list[tuple[int, int]] = []  # (start of the box's marker or -1, start of the content)
-    last: _Found | None = None
-    for token in _BOX_TOKEN.finditer(text, first):
-        what = token.group()
-        if what == "{":
-            open_braces.append((-1, token.end()))
-        elif what == "}":
-            if open_braces:
-                start, content = open_braces.pop()
-                if start >= 0 and (last is None or start > last.start):
-                    last = _Found(start, text[content : token.start()])
-        elif what.startswith("\\boxed"):
-            open_braces.append((token.start(), token.end()))
-    return last
-
-
-def _last_gsm8k(text: str, *, numbers_only: bool) -> _Found | None:
-    last: _Found | None = None
-    for match in _GSM8K.finditer(text) if "####" in text else ():
-        line = match.group(1).strip()
-        if not numbers_only or _GSM8K_NUMBER.fullmatch(line.strip("*$ ")):
-            last = _Found(match.start(), line)
-    return last
-
-
-def _last_tag(text: str) -> _Found | None:
+def _last_tag(text: str) -> Found | None:
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    return None if start < 0 else _Found(start, text[start + len("<answer>") : end])
+    return None if start < 0 else Found(start, text[start + len("<answer>") : end])
 
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))

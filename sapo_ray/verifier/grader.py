@@ -6,7 +6,7 @@ Reasons of a verdict
     correct   match
     wrong     mismatch, no_answer (none found), unparseable (the answer, not the reference)
     error     gold_unparseable, too_long (the answer exceeds the cap), and of a reward function: crash (it raised),
-              reward_type, reward_not_finite; from outside: timeout, crash, verifier_unavailable
+              reward_type, reward_not_finite, reward_part_taken; from outside: timeout, crash, verifier_unavailable
     either    reward (the reward function's own word)
 """
 
@@ -73,6 +73,12 @@ class Grader:
             else:
                 assert self._reward is not None
                 parts = reward_parts(self._reward(completion=completion, gold=gold, prompt=prompt))
+                if "format" in parts and self._spec.format_reward != "none":
+                    raise BadReward(
+                        "reward_part_taken",
+                        "the reward function returned a part `format`, which verifier.format_reward adds too; "
+                        "name it otherwise, or set verifier.format_reward: none",
+                    )
                 correct = parts.get("answer", sum(parts.values())) >= CORRECT_FROM
                 verdict, reason = Verdict.CORRECT if correct else Verdict.WRONG, "reward"
         except MemoryError:

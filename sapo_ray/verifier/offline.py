@@ -126,10 +126,14 @@ def _row(path: Path, number: int, line: bytes) -> tuple[dict[str, Any], GradingI
             raise DataError(
                 f"{path}:{number}: no field `{name}`; a row needs `completion` and `gold`, got {sorted(row)[:10]}"
             )
-    for name in ("completion", "gold", "prompt"):
-        if not isinstance(row.get(name, ""), str):
-            raise DataError(f"{path}:{number}: `{name}` must be text, got {type(row[name]).__name__}")
-    return row, GradingItem(completion=row["completion"], gold=row["gold"], prompt=row.get("prompt", ""))
+    gold = row["gold"]
+    if isinstance(gold, int | float) and not isinstance(gold, bool):
+        gold = str(gold)  # as data sources write numbers out
+    for name, value in (("completion", row["completion"]), ("gold", gold), ("prompt", row.get("prompt", ""))):
+        if not isinstance(value, str):
+            kinds = "text or a number" if name == "gold" else "text"
+            raise DataError(f"{path}:{number}: `{name}` must be {kinds}, got {type(value).__name__}")
+    return row, GradingItem(completion=row["completion"], gold=gold, prompt=row.get("prompt", ""))
 
 
 @contextmanager

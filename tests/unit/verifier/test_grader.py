@@ -250,3 +250,17 @@ def test_every_gsm8k_answer_is_wrong_against_the_next_different_one(shared: Path
     for this, (value, following) in enumerate(pairwise(golds)):
         expected = Verdict.CORRECT if value == following else Verdict.WRONG
         assert grader.grade(solutions[this], solutions[this + 1]).verdict is expected
+
+
+def test_a_part_named_format_is_refused_where_the_format_reward_would_overwrite_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "formatted_reward.py").write_text(
+        "def score(*, completion, gold, prompt): return {'answer': 1.0, 'format': -3.0}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    alone = Grader(VerifierSpec(reward="formatted_reward:score")).grade("x", "x")
+    assert (alone.reward, alone.parts) == (-2.0, {"answer": 1.0, "format": -3.0})
+    both = Grader(VerifierSpec(reward="formatted_reward:score", format_reward="think_answer")).grade("x", "x")
+    assert (both.verdict, both.reward, both.reason) == (Verdict.ERROR, None, "reward_part_taken")
+    assert "name it otherwise, or set verifier.format_reward: none" in both.detail

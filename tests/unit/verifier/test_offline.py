@@ -56,7 +56,8 @@ def test_a_file_longer_than_what_is_held_in_memory_keeps_its_order(tmp_path: Pat
         ("[1]", r"in\.jsonl:2: must be a JSON object, got list"),
         ('{"completion": "x"}', r":2: no field `gold`; a row needs `completion` and `gold`, got \['completion'\]"),
         ('{"gold": "x"}', r":2: no field `completion`"),
-        ('{"completion": "x", "gold": 5}', r":2: `gold` must be text, got int"),
+        ('{"completion": "x", "gold": true}', r":2: `gold` must be text or a number, got bool"),
+        ('{"completion": 5, "gold": "5"}', r":2: `completion` must be text, got int"),
         ('{"completion": "x", "gold": "5", "prompt": null}', r":2: `prompt` must be text, got NoneType"),
         ("\udcff", r":2: not JSON"),
     ],
@@ -87,3 +88,12 @@ def test_a_reward_function_that_does_not_exist_is_refused_before_anything_is_wri
     with pytest.raises(ConfigError, match="no_such_module_here"):
         grade_file(source, tmp_path / "out.jsonl", VerifierSpec(reward="no_such_module_here:f"))
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_reference_that_is_a_json_number_is_graded_against_and_stays_one(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"completion": r"\boxed{5}", "gold": 5}, {"completion": r"\boxed{1/4}", "gold": 0.25}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grade_file(source, target, VerifierSpec())
+    graded = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [(row["gold"], row["verdict"]) for row in graded] == [(5, "correct"), (0.25, "correct")]
