@@ -38,7 +38,7 @@ from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.result import machine, package_versions, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import open_trackers
-from sapo_ray.errors import ConfigError, DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
+from sapo_ray.errors import CheckpointError, ConfigError, DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
 from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
@@ -313,8 +313,13 @@ def published_bytes(folder: Path, dtype: str) -> int:
 def _finished_steps(run_dir: Path) -> int | None:
     """Steps of a run that succeeded, else None."""
     path = run_dir / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    return int(result["steps"]) if result.get("status") == "succeeded" else None
+    try:
+        result = json.loads(path.read_text()) if path.exists() else {}
+        return int(result["steps"]) if result.get("status") == "succeeded" else None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); it only says how the run ended: remove it to go on from the checkpoints"
+        ) from error
 
 
 def _step_of(checkpoint: Path | None) -> int:

@@ -79,3 +79,10 @@ def test_metrics_of_an_abandoned_lineage_are_taken_out_on_resume(tmp_path: Path)
         {"step": 2, "loss": 0.2},
         {"step": 3, "loss": 9.0},
     ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "succeeded"}', '{"status": "succeeded", "steps": null}'])
+def test_a_damaged_result_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"result\.json is damaged"):
+        run._finished_steps(tmp_path)
