@@ -1,0 +1,192 @@
+"""A driver as a control plane starts it, up to the engines: assignment, attempt, job, secrets, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_control import TOKEN, FakeControl, orders
+from fakes import job
+
+from sapo_ray.api.link import Assignment
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver import main as drivers
+from sapo_ray.driver import run as runs
+from sapo_ray.driver.journal import Journal
+from sapo_ray.driver.orders import Ended
+from sapo_ray.driver.rundir import begin_attempt, hold, write_spec
+from sapo_ray.errors import Superseded, WorkerLost
+
+
+@pytest.fixture
+def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeControl]:
+    monkeypatch.setenv("SAPO_LINK_INTERVAL_S", "0.05")
+    monkeypatch.setattr(drivers, "RETRY_S", 0.05)
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    control = FakeControl(assignment={"run_dir": str(tmp_path / "run"), "spec": job().model_dump(mode="json")}).start()
+    yield control
+    control.stop()
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[JobSpec]:
+    """In place of engines: the jobs that would have been trained."""
+    jobs: list[JobSpec] = []
+
+    def trains(spec: JobSpec, *_: Any) -> Any:
+        jobs.append(spec)
+        raise Ended("paused")
+
+    monkeypatch.setattr(runs, "_train_and_export", trains)
+    return jobs
+
+
+def start(control: FakeControl, folder: Path, attempt: int = 1) -> int:
+    where = ["--job", "job-1", "--attempt", str(attempt), "--control", control.url]
+    return drivers.main([*where, "--token-file", str(folder / "token")])
+
+
+def ends(control: FakeControl, attempt: int = 1) -> list[tuple[str, str]]:
+    return [(event["state"], event["reason"]) for event in control.events(attempt) if "reason" in event]
+
+
+def test_the_assigned_job_is_run_under_its_number_and_its_end_is_heard(
+    control: FakeControl, tmp_path: Path, trained: list[JobSpec]
+) -> None:
+    assert start(control, tmp_path, attempt=3) == 0
+    assert [(spec.steps, spec.run_dir) for spec in trained] == [(3, str(tmp_path / "run"))]
+    assert (tmp_path / "run" / "attempt").read_text() == "3\n"
+    first, last = control.events(3)
+    assert (first["state"], last["state"]) == ("starting", "paused")
+    assert last["result"] == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert last["result"]["status"] == "paused"
+
+
+def test_an_assignment_is_asked_for_until_it_comes(
+    control: FakeControl, tmp_path: Path, trained: list[JobSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.faults.extend(["503", "proxy", "nonsense", "refused", "429"])
+    assert start(control, tmp_path) == 0
+    monkeypatch.setattr(drivers, "ASSIGNMENT_S", 0.2)
+    control.stop()
+    assert start(control, tmp_path, attempt=2) == drivers.NO_ASSIGNMENT
+    control.start()
+
+
+def test_a_driver_that_is_not_wanted_leaves_the_run_alone(
+    control: FakeControl, tmp_path: Path, trained: list[JobSpec]
+) -> None:
+    control.newest = 2
+    assert start(control, tmp_path) == drivers.SUPERSEDED
+    (tmp_path / "token").write_text("another")
+    assert start(control, tmp_path, attempt=2) == drivers.SUPERSEDED
+    assert not (tmp_path / "run").exists()
+    assert not trained
+
+
+def test_an_attempt_number_is_begun_once_and_never_below_the_newest(tmp_path: Path) -> None:
+    begin_attempt(tmp_path, 4)
+    begin_attempt(tmp_path, 4)  # nothing was journalled under it yet
+    journal = Journal(tmp_path / "journal.jsonl", 4)
+    journal.event("transition", state="starting", text="x" * 100_000)
+    journal.close()
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"torn')
+    with pytest.raises(Superseded, match="attempt 4 of .* had begun before"):
+        begin_attempt(tmp_path, 4)
+    with pytest.raises(Superseded, match=r"attempt 3 of .* was superseded: attempt 4 has the run"):
+        begin_attempt(tmp_path, 3)
+    assert (tmp_path / "journal.jsonl").read_text().endswith('{"torn'), "it may be another's, in mid-write"
+    begin_attempt(tmp_path, 5)
+    assert (tmp_path / "attempt").read_text() == "5\n"
+
+
+def test_a_job_that_this_version_refuses_fails_where_its_user_sees_it(control: FakeControl, tmp_path: Path) -> None:
+    control.assignment["spec"] = control.assignment["spec"] | {"stepz": 3}
+    assert start(control, tmp_path) == drivers.FAILED
+    ((state, reason),) = ends(control)
+    assert state == "failed"
+    assert "stepz" in reason
+
+
+def test_a_resumed_job_keeps_its_recipe_and_may_have_another_name_and_other_workers(
+    control: FakeControl, tmp_path: Path, trained: list[JobSpec]
+) -> None:
+    assert start(control, tmp_path) == 0
+    control.newest, control.orders = 2, orders(rollout_workers=3)
+    control.assignment["spec"] = job(name="renamed").model_dump(mode="json")
+    assert start(control, tmp_path, attempt=2) == 0
+    assert [(spec.name, spec.rollout.workers) for spec in trained] == [("job", 1), ("job", 3)]
+    starting, deferred = control.events(2)[:2]
+    assert starting["changes"] == ["rollout.workers"]
+    assert (deferred["condition"], deferred["cleared"]) == ("ScaleDeferred", True)
+
+    control.newest = 3
+    control.assignment["spec"] = job(seed=9).model_dump(mode="json")
+    assert start(control, tmp_path, attempt=3) == drivers.FAILED
+    assert "a resumed run cannot change seed" in ends(control, 3)[0][1]
+
+
+def test_secrets_are_in_the_environment_of_the_driver_and_nowhere_else(
+    control: FakeControl,
+    tmp_path: Path,
+    trained: list[JobSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("JOB_SECRET", "before")
+    control.assignment["secrets"] = {"JOB_SECRET": "s3cr3t-value"}
+    assert start(control, tmp_path) == 0
+    assert os.environ["JOB_SECRET"] == "s3cr3t-value"
+    written = "".join(path.read_text() for path in (tmp_path / "run").iterdir() if path.is_file())
+    out, err = capfd.readouterr()
+    for secret in ("s3cr3t-value", TOKEN):
+        assert secret not in written + out + err + json.dumps(control.events())
+
+
+@pytest.mark.parametrize(("error", "state"), [(WorkerLost("rank 0 died"), "interrupted"), (ValueError("x"), "failed")])
+def test_an_end_that_another_attempt_may_outlive_is_told_from_one_that_it_would_repeat(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
+) -> None:
+    def trains(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(runs, "_train_and_export", trains)
+    if state == "interrupted":
+        assert start(control, tmp_path) == drivers.FAILED
+    else:
+        with pytest.raises(ValueError, match="x"):
+            start(control, tmp_path)
+    assert ends(control) == [(state, f"{type(error).__name__}: {error}")]
+
+
+def test_a_driver_superseded_while_it_trains_leaves_result_and_journal_to_the_next(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = tmp_path / "run" / "result.json"
+
+    def trains(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, *_: Any) -> Any:
+        result.write_text("of attempt 2")
+        control.newest = 2
+        while True:
+            journal.event("phase", phase="train")
+
+    monkeypatch.setattr(runs, "_train_and_export", trains)
+    assert start(control, tmp_path) == drivers.SUPERSEDED
+    assert result.read_text() == "of attempt 2"
+    assert "superseded" not in (tmp_path / "run" / "journal.jsonl").read_text()
+
+
+def test_a_run_that_its_last_driver_does_not_let_go_of_is_not_touched(
+    control: FakeControl, tmp_path: Path, trained: list[JobSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drivers, "PREDECESSOR_S", 0.1)
+    write_spec(tmp_path / "run", job())
+    with hold(tmp_path / "run"):
+        assert start(control, tmp_path) == drivers.FAILED
+    assert not trained
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
