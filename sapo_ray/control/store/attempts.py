@@ -11,6 +11,11 @@ from sqlalchemy.orm import Session
 from sapo_ray.control.store.tables import AttemptRow, JobRow, sha256
 
 
+def hash_token(token: str) -> str:
+    """What an attempt's `token_hash` is of its token."""
+    return sha256(token)
+
+
 def begin_attempt(s: Session, row: JobRow) -> tuple[AttemptRow, str]:
     """The next attempt of a locked job, and its token. What is left of earlier ones is superseded from now on.
 
@@ -22,11 +27,11 @@ def begin_attempt(s: Session, row: JobRow) -> tuple[AttemptRow, str]:
     row.attempt += 1
     row.last_heard = None
     row.updated_at = now
-    token = "sapo_job_" + secrets.token_urlsafe(32)
+    token = _new_token()
     attempt = AttemptRow(
         job_id=row.id,
         number=row.attempt,
-        token_hash=sha256(token),
+        token_hash=hash_token(token),
         submission_id=f"sapo-{row.id}-{row.attempt}",
         state="launching",
         next_seq=1,
@@ -39,8 +44,8 @@ def begin_attempt(s: Session, row: JobRow) -> tuple[AttemptRow, str]:
 
 def renew_token(s: Session, attempt: AttemptRow) -> str:
     """A new token for an attempt whose token was lost before its driver had it; the old one is void."""
-    token = "sapo_job_" + secrets.token_urlsafe(32)
-    attempt.token_hash = sha256(token)
+    token = _new_token()
+    attempt.token_hash = hash_token(token)
     s.flush()
     return token
 
@@ -74,4 +79,8 @@ def end_attempt(s: Session, attempt: AttemptRow, reason: str) -> None:
 
 def by_token(s: Session, token: str) -> AttemptRow | None:
     """The attempt that this token was made for, superseded or not."""
-    return s.scalar(select(AttemptRow).where(AttemptRow.token_hash == sha256(token)))
+    return s.scalar(select(AttemptRow).where(AttemptRow.token_hash == hash_token(token)))
+
+
+def _new_token() -> str:
+    return "sapo_job_" + secrets.token_urlsafe(32)

@@ -37,8 +37,11 @@ POOL_S = 5
 
 WRITE = "sapo_write"
 """Execution option of connections that are about to write."""
-READ_ONLY_STATE = "25006"
+READ_ONLY = "sapo_read_only"
+"""In the `info` of sessions for reading."""
 UNDEFINED_TABLE_STATE = "42P01"
+READ_ONLY_STATES = ("25006", "0A000")
+"""A write where only reading is possible (a standby); a standby also refuses to begin a transaction for writing."""
 
 
 class Store:
@@ -61,19 +64,20 @@ class Store:
 
     def migrate(self) -> None:
         """Bring the tables to this version's. Replicas may do so at once; raises SchemaTooNew, StoreUnavailable."""
-        with _translated():
+        with _translated(writes=True):
             migrate(self._url)
 
     @contextmanager
     def begin(self) -> Iterator[Session]:
         """A session in one write transaction: committed at the end, rolled back on any exception."""
-        with _translated(), Session(self._writes, expire_on_commit=False) as session, session.begin():
+        with _translated(writes=True), Session(self._writes, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session for reading. Rows stay usable after it; changes to them go nowhere, so they are refused."""
-        with _translated(), Session(self._reads, expire_on_commit=False, autoflush=False) as session:
+        """A session for reading, in which nothing can be written. Rows stay usable after it."""
+        session = Session(self._reads, expire_on_commit=False, autoflush=False, info={READ_ONLY: True})
+        with _translated(writes=False), session:
             yield session
             changed = [*session.new, *session.deleted, *(row for row in session.dirty if session.is_modified(row))]
             assert not changed, f"changed in a session for reading: {changed}"
@@ -113,7 +117,9 @@ class Store:
 
 def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later could not wait for the lock: it would fail at once.
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITE) else "BEGIN")
+    writes = bool(connection.get_execution_options().get(WRITE))
+    connection.exec_driver_sql(f"PRAGMA query_only = {'OFF' if writes else 'ON'}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _still_the_same_file(path: Path) -> Callable[[Any, ConnectionPoolEntry, PoolProxiedConnection], None]:
@@ -148,19 +154,27 @@ def _checked(url: str) -> URL:
     raise ConfigError(f"database_url must be sqlite:///FILE or postgresql://..., got {parsed.drivername}://")
 
 
+def reads_only(session: Session) -> bool:
+    """Whether it is a session of `Store.read()`: those take no locks."""
+    return bool(session.info.get(READ_ONLY))
+
+
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(*, writes: bool) -> Iterator[None]:
     try:
         yield
     except exc.SQLAlchemyError as error:
-        reason = why_unavailable(error)
+        reason = why_unavailable(error, writes=writes)
         if reason is None:
             raise
         raise StoreUnavailable(reason) from error
 
 
-def why_unavailable(error: exc.SQLAlchemyError) -> str | None:
-    """What keeps the database from answering, or None if the error is about something else (our own mistake)."""
+def why_unavailable(error: exc.SQLAlchemyError, *, writes: bool) -> str | None:
+    """What keeps the database from answering, or None if the error is about something else (our own mistake).
+
+    `writes`: whether it came up in a transaction for writing; to write in one for reading is a mistake.
+    """
     if isinstance(error, exc.TimeoutError):
         return f"no database connection was free within {POOL_S} s"
     if isinstance(error, exc.DisconnectionError):
@@ -168,22 +182,23 @@ def why_unavailable(error: exc.SQLAlchemyError) -> str | None:
     if not isinstance(error, exc.DBAPIError) or error.orig is None:
         return None
     first_line = (str(error.orig).splitlines() or [type(error.orig).__name__])[0]
-    if _is_unavailable(error, error.orig):
+    if _is_unavailable(error, error.orig, writes):
         return f"the database cannot answer: {first_line}"
     return None
 
 
-def _is_unavailable(error: exc.DBAPIError, cause: BaseException) -> bool:
+def _is_unavailable(error: exc.DBAPIError, cause: BaseException, writes: bool) -> bool:
     if error.connection_invalidated:
         return True
     if isinstance(cause, sqlite3.Error):
         # SQLITE_ERROR is bad SQL, except where the tables are not there (yet).
-        code = getattr(cause, "sqlite_errorcode", None)
-        damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+        code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        if code == sqlite3.SQLITE_READONLY and not writes:
+            return False
+        damaged = code & 0xFF in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
         operational = isinstance(cause, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR
         return damaged or operational or "no such table" in str(cause)
     state = getattr(cause, "sqlstate", None)
-    return isinstance(error, exc.OperationalError | exc.InterfaceError) or state in (
-        READ_ONLY_STATE,
-        UNDEFINED_TABLE_STATE,
-    )
+    if state in READ_ONLY_STATES:
+        return writes
+    return isinstance(error, exc.OperationalError | exc.InterfaceError) or state == UNDEFINED_TABLE_STATE

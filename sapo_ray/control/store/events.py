@@ -26,6 +26,7 @@ LATEST = 253_402_300_799.0
 FRAME = ("time", "attempt", "seq", "kind")
 """Fields of a driver's event that are columns here; the rest is its data."""
 CHUNK = 500
+MAX_ID = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +77,7 @@ def list_events(
     s: Session, job_id: str, after: int, limit: int, *, kinds: Collection[str] | None = None
 ) -> list[EventRow]:
     """Events with an id above `after`, oldest first; of these kinds only, if any are given."""
-    query = select(EventRow).where(EventRow.job_id == job_id, EventRow.id > after)
+    query = select(EventRow).where(EventRow.job_id == job_id, EventRow.id > min(after, MAX_ID))
     if kinds is not None:
         query = query.where(EventRow.kind.in_(sorted(kinds)))
     return list(s.scalars(query.order_by(EventRow.id).limit(limit)))

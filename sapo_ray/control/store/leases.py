@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import case, or_, select, update
 from sqlalchemy.orm import Session
 
+from sapo_ray.control.store.engine import reads_only
 from sapo_ray.control.store.errors import LeaseLost
 from sapo_ray.control.store.tables import LeaseRow
 from sapo_ray.control.store.upsert import insert_if_absent
@@ -51,8 +52,13 @@ def acquire(s: Session, job_id: str, holder: str, seconds: float, now: float) ->
 
 
 def check(s: Session, lease: Lease) -> None:
-    """Raises LeaseLost unless the lease is still this one, and keeps it so until the transaction ends."""
-    query = select(LeaseRow).where(LeaseRow.job_id == lease.job_id).with_for_update(read=True)
+    """Raises LeaseLost unless the lease is still this one, and keeps it so until the transaction ends.
+
+    In a session for reading it cannot be kept: there, this is a look.
+    """
+    query = select(LeaseRow).where(LeaseRow.job_id == lease.job_id)
+    if not reads_only(s):
+        query = query.with_for_update(read=True)
     row = s.scalar(query.execution_options(populate_existing=True))
     if row is None or (row.holder, row.generation) != (lease.holder, lease.generation):
         raise LeaseLost(f"the lease of {lease.job_id} went from {lease.holder} to {row.holder if row else 'nobody'}")

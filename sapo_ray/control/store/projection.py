@@ -132,7 +132,7 @@ def _transition(row: JobRow, event: Mapping[str, Any], at: float) -> Transition 
     state = target(row, said)
     if state is None:
         return None
-    if isinstance(event.get("result"), dict):
+    if state in TERMINAL and isinstance(event.get("result"), dict):
         row.result = event["result"]
     return enter(row, state, _reason(event, said, state), at)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import CursorResult
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -17,6 +16,5 @@ def insert_if_absent(s: Session, table: type[Base], values: dict[str, Any]) -> b
     On PostgreSQL this waits for another transaction that is inserting the same key.
     """
     insert = postgresql.insert if s.get_bind().dialect.name == "postgresql" else sqlite.insert
-    result = s.execute(insert(table).values(values).on_conflict_do_nothing())
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+    absent = insert(table).values(values).on_conflict_do_nothing()
+    return s.execute(absent.returning(*table.__table__.primary_key)).first() is not None
