@@ -125,7 +125,7 @@ class ProgressDisplay:
             self._say(f"[yellow]worker[/] {escape(text)}")
 
     def _on_rollback(self, event: dict[str, Any]) -> None:
-        self._say(f"going on from step {event['to_step']} ({escape(event['checkpoint'])})")
+        self._say(f"going on from step {event['to_step']} ({escape(event['checkpoint'] or 'no checkpoint')})")
 
     def _on_transition(self, event: dict[str, Any]) -> None:
         if event["state"] == "starting":

@@ -84,9 +84,9 @@ def jobs_table(jobs: Iterable[Job]) -> Table:
     """One line a job; fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("id", no_wrap=True, min_width=24)
-    table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=16)
+    table.add_column("name", overflow="ellipsis", max_width=24)  # the only one that may be cut
     table.add_column("state", no_wrap=True)
-    for name in ("step", "reward", "accuracy", "age"):
+    for name in ("step", "reward", "acc.", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in jobs:
         status, figures = job.status, job.status.summary
