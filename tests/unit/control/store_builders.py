@@ -36,6 +36,24 @@ def started_job(store: Store) -> str:
         return row.id
 
 
+def submit(store: Store) -> str:
+    """A job that was accepted."""
+    with store.begin() as s:
+        return new_job(s).id
+
+
+def submit_without_end(store: Store, accepted: list[str]) -> None:
+    """Ends with an error, or the test has shown nothing."""
+    for _ in range(10_000):
+        accepted.append(submit(store))  # noqa: PERF401 - what was accepted before the error counts
+
+
+def count(store: Store) -> int:
+    """Jobs that there are."""
+    with store.read() as s:
+        return len(jobs.list_jobs(s, "acme"))
+
+
 def step(seq: int) -> dict[str, Any]:
     """As a driver journals it."""
     metrics = {"reward/mean": seq / 100, "rollout/workers": 2.0}
