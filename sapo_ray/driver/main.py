@@ -41,13 +41,14 @@ RETRY_S = 10.0
 """Longest pause between two tries."""
 PREDECESSOR_S = 60.0
 """An attempt that was superseded notices, and lets go of the run, within this."""
+LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 FAILED, SUPERSEDED, NO_ASSIGNMENT, TERMINATED = 1, 3, 4, 143
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one attempt; returns the exit code."""
     options = _options(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LINE)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a heartbeat otherwise
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -66,9 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _say(FAILED, error)
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         return _say(TERMINATED, error)
+    except Exception:
+        log.exception("the driver failed")
+        raise
     finally:
         wire.close()
-    print(f"{result['status']}: {result['reason']}")
+    log.info("%s: %s", result["status"], result["reason"])
     return 0
 
 
@@ -98,6 +102,7 @@ def run(assignment: Assignment, wire: Wire) -> dict[str, Any]:
     """The attempt, from its number in the run directory to its last event."""
     run_dir = Path(assignment.run_dir)
     begin_attempt(run_dir, assignment.attempt)
+    _log_to(run_dir / "logs" / "driver.log")
     os.environ.update(assignment.secrets)
     orders = StandingOrders(assignment.orders)
     link = Link(wire, orders)
@@ -139,6 +144,14 @@ def _fail(run_dir: Path, attempt: int, link: Link, reason: str) -> None:
         journal.close()
 
 
+def _log_to(path: Path) -> None:
+    """The driver's lines beside those of its actors; Ray keeps the driver's output as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(LINE))
+    logging.getLogger().addHandler(handler)
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sapo_ray.driver.main", description="One attempt of one job.")
     parser.add_argument("--job", required=True, metavar="ID")
@@ -153,7 +166,7 @@ def _terminate(*_: object) -> None:
 
 
 def _say(code: int, error: BaseException) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    log.error("%s: %s", type(error).__name__, error)
     return code
 
 
