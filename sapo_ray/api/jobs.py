@@ -44,7 +44,7 @@ class Scale(Wire):
 
     min: Annotated[int, Field(ge=1)]
     """Fewest with which the job goes on."""
-    max: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1, le=10_000)]
     """Most it may ever be given."""
     target: Annotated[int, Field(ge=1)]
     """How many it should have now; min <= target <= max."""
@@ -147,7 +147,7 @@ class Job(Wire):
     """Submission."""
     updated_at: datetime
     """Newest change of any kind."""
-    spec: dict[str, Any]
+    spec: Annotated[dict[str, Any], Field(json_schema_extra={"x-schema": "JobSpec"})]
     """The resolved job, every key of it."""
     desired: Desired
     """What the user asked for last."""

@@ -1,0 +1,160 @@
+"""The link: drivers bring events, and take back what is wanted of their jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path as FilePath
+from typing import Annotated
+
+import structlog
+from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from sapo_ray.api.link import Assignment, DriverEvents, Orders, Received
+from sapo_ray.config.spec import JobSpec
+from sapo_ray.control import confine, specs
+from sapo_ray.control.body import parse_leniently
+from sapo_ray.control.documents import json_body, problems
+from sapo_ray.control.problems import Refused, wrong_shape
+from sapo_ray.control.service import Control, JobId, The, respond
+from sapo_ray.control.store import JobRow, SequenceGap, Superseded, attempts, events, jobs
+
+log = structlog.get_logger("sapo_ray.control.link")
+router = APIRouter(prefix="/v1/link", tags=["link"])
+
+_token = HTTPBearer(
+    auto_error=False, scheme_name="driver", description="Token of one attempt of one job; lies in its run directory."
+)
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+MOST_SECRET_BYTES = 1 << 16
+Attempt = Annotated[int, Path(ge=1, le=2**31 - 1, description="The driver's attempt.")]
+_DELIVERY = {
+    "two events": {
+        "first_seq": 7,
+        "events": [
+            {"time": 1.0, "attempt": 1, "seq": 7, "kind": "phase", "phase": "train"},
+            {"time": 2.0, "attempt": 1, "seq": 8, "kind": "step", "step": 1, "steps": 60, "drops": {}, "metrics": {}},
+        ],
+    },
+    "heartbeat": {"first_seq": 9, "events": []},
+}
+
+
+async def _driver(
+    control: The,
+    job_id: JobId,
+    attempt: Attempt,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_token)],
+) -> tuple[str, int]:
+    """The attempt that the token was made for; it must be the one in the address. Raises Refused (401)."""
+    known = await run_in_threadpool(_made_for, control, credentials.credentials) if credentials is not None else None
+    if known != (job_id, attempt):
+        control.telemetry.link_deliveries.labels("unauthenticated").inc()
+        raise Refused(
+            401,
+            "unauthenticated",
+            "the token is not this attempt's",
+            headers={"WWW-Authenticate": 'Bearer realm="sapo-ray link"'},
+        )
+    return job_id, attempt
+
+
+Driver = Annotated[tuple[str, int], Depends(_driver)]
+
+
+@router.post(
+    "/{job_id:segment}/{attempt}/events",
+    operation_id="deliver_events",
+    summary="Deliver events, hear what is wanted",
+    response_model=Received,
+    responses=problems(400, 401, 409, 413, 422),
+    openapi_extra=json_body(DriverEvents, _DELIVERY),
+)
+async def deliver(request: Request, driver: Driver, control: The) -> Response:
+    """Each event is stored once, however often it comes; `sequence_gap` says which comes next, `superseded` means that
+    the driver must end. An empty delivery is a sign of life."""
+    raw = await request.body()
+    return await run_in_threadpool(_ingest, control, driver, raw)
+
+
+def _ingest(control: Control, driver: tuple[str, int], raw: bytes) -> Response:
+    outcomes = control.telemetry.link_deliveries
+    try:
+        delivery = DriverEvents.model_validate(parse_leniently(raw))
+    except ValidationError as error:
+        outcomes.labels("refused").inc()
+        raise wrong_shape(error.errors(include_url=False), list(DriverEvents.model_fields)) from None
+    job_id, attempt = driver
+    try:
+        with control.store.begin() as session:
+            reply = events.ingest(session, job_id, attempt, delivery.first_seq, delivery.events)
+            received = Received(next_seq=reply.next_seq, orders=_orders(reply.job))
+    except (Superseded, SequenceGap) as error:
+        outcomes.labels(type(error).__name__.lower()).inc()
+        raise
+    outcomes.labels("stored" if delivery.events else "heartbeat").inc()
+    control.telemetry.link_events.inc(len(delivery.events))
+    return respond(received)
+
+
+@router.get(
+    "/{job_id:segment}/{attempt}/assignment",
+    operation_id="get_assignment",
+    summary="What a driver needs to begin",
+    response_model=Assignment,
+    responses=problems(401, 409, 422),
+)
+def assignment(driver: Driver, control: The) -> Response:
+    """The job with its data sets' files, its folder, the tenant's secrets, and the desired state."""
+    job_id, attempt = driver
+    with control.store.read() as session:
+        row = jobs.get_job(session, None, job_id)
+        if row is None or row.attempt != attempt:
+            raise Superseded(0 if row is None else row.attempt)
+        spec = confine.with_files(
+            JobSpec.model_validate(row.spec), lambda id: specs.stored_path(session, row.tenant, id)
+        )
+        answer = Assignment(
+            job_id=job_id,
+            attempt=attempt,
+            run_dir=row.run_dir,
+            spec=spec.model_dump(mode="json"),
+            secrets=read_secrets(control.settings.secrets_dir, row.tenant),
+            orders=_orders(row),
+        )
+    return respond(answer)
+
+
+def read_secrets(folder: FilePath | None, tenant: str) -> dict[str, str]:
+    """The operator's secrets for a tenant's jobs, as environment variables; a line's end at their end is dropped."""
+    if folder is None or "/" in tenant or tenant.startswith("."):
+        return {}
+    try:
+        entries = sorted(os.scandir(folder / tenant), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for entry in entries:
+        if _VARIABLE.fullmatch(entry.name) and entry.is_file():
+            with open(entry.path, encoding="utf-8") as file:
+                found[entry.name] = file.read(MOST_SECRET_BYTES).removesuffix("\n")
+    return found
+
+
+def _made_for(control: Control, token: str) -> tuple[str, int] | None:
+    with control.store.read() as session:
+        row = attempts.by_token(session, token)
+        return None if row is None else (row.job_id, row.number)
+
+
+def _orders(row: JobRow) -> Orders:
+    return Orders(
+        state=row.desired_state,  # type: ignore[arg-type]
+        discard=row.discard,
+        rollout_workers=row.scale_target,
+        checkpoint_request=row.checkpoint_request,
+        generation=row.generation,
+    )

@@ -1,0 +1,115 @@
+"""Rollout workers of a job: how many are wanted, and which there are."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response
+from pydantic import Field
+
+from sapo_ray.api.jobs import TERMINAL, Scale, Wire
+from sapo_ray.control import body, views
+from sapo_ray.control.access import Reader, Submitter
+from sapo_ray.control.documents import ETAG, changing, json_body, keyed
+from sapo_ray.control.problems import illegal, invalid
+from sapo_ray.control.service import IfMatch, JobId, The, find, peek, respond
+from sapo_ray.control.store import events, jobs
+
+router = APIRouter(prefix="/v1/jobs", tags=["control"])
+
+MOST_EVENTS = 10_000
+"""Events about workers that are read back."""
+
+
+class Worker(Wire):
+    """A rollout worker, as its driver last spoke of it."""
+
+    id: str
+    """Name within the job."""
+    state: Annotated[str, Field(examples=["worker_ready"])]
+    """What last happened to it: worker_ready, worker_lost, takeover_failed, worker_stopped, ..."""
+    attempt: int | None
+    """Driver that spoke of it."""
+    since: datetime
+    """When it happened."""
+    details: dict[str, Any]
+    """What else the driver said, e.g. `reason`, `version`."""
+
+
+class WorkerList(views.Page):
+    """Rollout workers of the newest attempt."""
+
+    data: list[Worker]
+    """By name."""
+
+
+@router.get(
+    "/{job_id:segment}/scale",
+    operation_id="get_scale",
+    summary="Rollout workers wanted",
+    response_model=Scale,
+    responses={200: {"description": "How many are wanted.", "headers": ETAG}, **keyed(404)},
+)
+def get_scale(caller: Reader, control: The, job_id: JobId) -> Response:
+    """`status.summary.workers` of the job tells how many there are."""
+    row = peek(control, caller, job_id)
+    return respond(views.scale(row), headers={"ETag": body.etag(row.generation)})
+
+
+@router.put(
+    "/{job_id:segment}/scale",
+    operation_id="set_scale",
+    summary="Want more or fewer rollout workers",
+    response_model=Scale,
+    responses={200: {"description": "How many are wanted now.", "headers": ETAG}, **changing(404, 409, 412)},
+    openapi_extra=json_body(Scale, {"four": {"min": 1, "max": 8, "target": 4}}),
+)
+def set_scale(
+    caller: Submitter,
+    control: The,
+    job_id: JobId,
+    wanted: Annotated[Scale, Depends(body.body_of(Scale))],
+    expected: IfMatch,
+) -> Response:
+    """The driver hears of it with its next report. min <= target <= max."""
+    if not wanted.min <= wanted.target <= wanted.max:
+        raise invalid(
+            f"min <= target <= max is needed, got min {wanted.min}, target {wanted.target}, max {wanted.max}", "target"
+        )
+    with control.store.begin() as session:
+        row = find(session, caller, job_id, lock=True)
+        body.check_match(expected, row.generation)
+        if row.state in TERMINAL:
+            raise illegal(row.state, "scaling", "it has ended; submit a new job")
+        if views.scale(row) != wanted:
+            row.scale_min, row.scale_max, row.scale_target = wanted.min, wanted.max, wanted.target
+            jobs.bump(row)
+            events.append_control_event(session, row, "scale", **wanted.model_dump())
+        return respond(wanted, headers={"ETag": body.etag(row.generation)})
+
+
+@router.get(
+    "/{job_id:segment}/workers",
+    operation_id="list_workers",
+    summary="Rollout workers",
+    response_model=WorkerList,
+    responses=keyed(404),
+)
+def list_workers(caller: Reader, control: The, job_id: JobId) -> Response:
+    """What the newest driver reported of each of its workers."""
+    newest: dict[str, Worker] = {}
+    with control.store.read() as session:
+        row = find(session, caller, job_id)
+        for event in events.list_events(session, job_id, 0, MOST_EVENTS, kinds={"worker"}):
+            data = dict(event.data)
+            name = data.pop("worker", None)
+            if event.attempt == row.attempt and name is not None:
+                newest[str(name)] = Worker(
+                    id=str(name),
+                    state=str(data.pop("what", "unknown")),
+                    attempt=event.attempt,
+                    since=views.as_time(event.time),
+                    details=data,
+                )
+    return respond(WorkerList(data=[newest[name] for name in sorted(newest)]))
