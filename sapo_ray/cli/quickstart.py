@@ -168,13 +168,18 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def child() -> None:
-    """The service's process: ends with its parent, whatever ends that."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(os.environ.pop("SAPO_QUICKSTART_PARENT")):  # it died before prctl
-        sys.exit(143)
+    """The service's process."""
+    die_with_parent()
     from sapo_ray.cli import main
 
     main()
+
+
+def die_with_parent() -> None:
+    """SIGTERM to this process when the command that started it ends, whatever ends that."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(os.environ.pop("SAPO_QUICKSTART_PARENT")):  # it died before prctl
+        sys.exit(143)
 
 
 def _free_port() -> int:

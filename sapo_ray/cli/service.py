@@ -31,7 +31,7 @@ def serve(
 ) -> None:
     """Run the service that takes jobs over HTTP. Prints the first admin key when it starts for the first time.
 
-    Every setting is also an environment variable, SAPO_ before its name; docs/service.md lists them all.
+    Every setting is also an environment variable, SAPO_ before its name in capitals, e.g. SAPO_DATA_DIR.
     """
     given = {
         "host": host,
