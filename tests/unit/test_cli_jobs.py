@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import JOB_ID, Answer, Service, event, job, problem, reply, serving, sse, stream
+from scripted_service import JOB_ID, Answer, Service, event, job, problem, reply, serving, sse, stream
 from typer.testing import CliRunner, Result
 
 from sapo_ray.cli import app

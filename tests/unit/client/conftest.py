@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from service import Service, serving
+from scripted_service import Service, serving
 
 from sapo_ray.client import Client
 from sapo_ray.client.retry import Backoff

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from service import JOB_ID, Answer, Service, job, problem, reply
+from scripted_service import JOB_ID, Answer, Service, job, problem, reply
 
 from sapo_ray import client as api
 from sapo_ray.client import Client

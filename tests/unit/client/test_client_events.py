@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from service import JOB_ID, Answer, Service, event, job, problem, reply, sse, stream
+from scripted_service import JOB_ID, Answer, Service, event, job, problem, reply, sse, stream
 
 from sapo_ray import client as api
 from sapo_ray.client import Client

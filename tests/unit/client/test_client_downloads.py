@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from service import JOB_ID, Answer, Request, Service, problem, reply
+from scripted_service import JOB_ID, Answer, Request, Service, problem, reply
 
 from sapo_ray import client as api
 from sapo_ray.client import Client
