@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 State = Literal[
     "queued",
@@ -29,8 +30,19 @@ Labels = Annotated[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$")],
         Annotated[str, Field(max_length=256)],
     ],
-    Field(max_length=32),
+    Field(max_length=32, json_schema_extra={"additionalProperties": False}),
 ]
+
+
+def _number(value: Any) -> Any:
+    """JSON's true and "1" are no numbers, though Python would take them for one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("not_a_number", "a whole number is wanted")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+"""A whole number in what a client sends."""
 
 
 class Wire(BaseModel):
@@ -42,11 +54,11 @@ class Wire(BaseModel):
 class Scale(Wire):
     """How many rollout workers a job wants."""
 
-    min: Annotated[int, Field(ge=1)]
+    min: Annotated[Whole, Field(ge=1)]
     """Fewest with which the job goes on."""
-    max: Annotated[int, Field(ge=1, le=10_000)]
+    max: Annotated[Whole, Field(ge=1, le=10_000)]
     """Most it may ever be given."""
-    target: Annotated[int, Field(ge=1)]
+    target: Annotated[Whole, Field(ge=1)]
     """How many it should have now; min <= target <= max."""
 
 

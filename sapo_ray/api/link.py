@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sapo_ray.api.jobs import Wire
+from sapo_ray.api.jobs import Whole, Wire
 
 MAX_BATCH = 500
 """Events in one delivery."""
@@ -15,7 +15,7 @@ MAX_BATCH = 500
 class DriverEvents(Wire):
     """Events of one attempt, contiguous from `first_seq`. An empty list is a heartbeat."""
 
-    first_seq: Annotated[int, Field(ge=1)]
+    first_seq: Annotated[Whole, Field(ge=1)]
     """Sequence number of the first event, or of the next one to come if there is none."""
     events: Annotated[list[dict[str, Any]], Field(max_length=MAX_BATCH)]
     """As journalled: time (Unix seconds), attempt, seq, kind, and the kind's own fields."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -17,7 +16,6 @@ from sapo_ray.control.problems import Refused, wrong_shape
 
 LARGEST = 2**53
 """Whole numbers beyond this are not the same in every JSON reader."""
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -127,6 +125,7 @@ def idempotency_key(
         str | None,
         Header(
             alias="Idempotency-Key",
+            pattern="^[!-~]{1,255}$",
             description="Makes a repetition safe: the same key with the same request gives the first answer again, "
             "for 24 hours. 1 to 255 printable ASCII characters without spaces.",
             examples=["5f0c1f9a-submit-1"],
@@ -134,14 +133,6 @@ def idempotency_key(
     ] = None,
 ) -> str | None:
     """Dependency: the request's idempotency key, if it has one."""
-    if key is not None and not _KEY.fullmatch(key):
-        raise Refused(
-            400,
-            "invalid_request",
-            f"Idempotency-Key must be 1 to 255 printable ASCII characters without spaces, got {key[:60]!r}",
-            param="Idempotency-Key",
-            hint="take a UUID",
-        )
     return key
 
 

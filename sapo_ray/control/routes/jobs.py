@@ -10,11 +10,10 @@ from fastapi import APIRouter, Depends, Query, Response
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from sapo_ray.api.jobs import Job, Labels, Scale, State, Wire
+from sapo_ray.api.jobs import Job, Labels, Scale, State, Whole, Wire
 from sapo_ray.control import body, specs, views
 from sapo_ray.control.access import Reader, Submitter
 from sapo_ray.control.documents import ETAG, MADE, changing, json_body, keyed
-from sapo_ray.control.problems import invalid
 from sapo_ray.control.service import (
     Answer,
     IdempotencyKey,
@@ -32,7 +31,7 @@ from sapo_ray.control.store import jobs
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-Priority = Annotated[int, Field(ge=0, le=100)]
+Priority = Annotated[Whole, Field(ge=0, le=100)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
@@ -136,7 +135,8 @@ def list_jobs(
         list[State] | None, Query(description="Only jobs in this state; may be given several times.")
     ] = None,
     label: Annotated[
-        str | None, Query(description="Only jobs with this label, `key=value`.", examples=["team=maths"])
+        str | None,
+        Query(description="Only jobs with this label, `key=value`.", pattern="^[^=]+=", examples=["team=maths"]),
     ] = None,
     limit: Annotated[int, Query(ge=1, le=500, description="Most jobs of a page.")] = 50,
     after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
@@ -144,9 +144,7 @@ def list_jobs(
     """The tenant's jobs, newest first. Deep pages cost what the first one costs."""
     pair = None
     if label is not None:
-        name, equals, value = label.partition("=")
-        if not equals or not name:
-            raise invalid(f"label must be key=value, got {label[:60]!r}", "label")
+        name, _, value = label.partition("=")
         pair = (name, value)
     with control.store.read() as session:
         rows = jobs.list_jobs(session, caller.tenant, state=state, label=pair, after=after, limit=limit + 1)
@@ -244,7 +242,7 @@ def _move(run_dir: Path, trash: Path) -> bool:
             "description": "Every key of the job; with `Accept: application/yaml` as a job file.",
             "content": {
                 "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
-                "application/yaml": {"schema": {"type": "string"}},
+                "application/yaml": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
             },
         },
         **keyed(404),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Response
-from pydantic import AwareDatetime, Field
+from pydantic import AwareDatetime, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from sapo_ray.api.jobs import Wire
 from sapo_ray.control import body, views
@@ -17,6 +18,12 @@ from sapo_ray.control.service import The, respond
 from sapo_ray.control.store import keys
 
 router = APIRouter(prefix="/v1/api-keys", tags=["keys"])
+
+
+def _no_number(value: Any) -> Any:
+    if value is not None and (not isinstance(value, str) or value.strip("-+. ").isdigit()):
+        raise PydanticCustomError("no_date", "a date and time with a time zone is wanted, e.g. 2030-01-31T12:00:00Z")
+    return value
 
 
 def _usual() -> list[Scope]:
@@ -32,7 +39,7 @@ class KeyRequest(Wire):
     """read: look; submit: make and change; admin: both, and keys. read and submit if not given."""
     tenant: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] | None = None
     """Whose things it reaches; the caller's own if not given. Only the operator's admins may name another."""
-    expires_at: AwareDatetime | None = None
+    expires_at: Annotated[AwareDatetime | None, BeforeValidator(_no_number)] = None
     """From then on it is refused; never if not given."""
 
 
