@@ -165,8 +165,7 @@ class Driver:
             await self._evaluate_if_due()
             await self._record(batch, metrics)
             if pausing:
-                await self._pause()
-                return "paused"
+                return await self._pause()
             await self._checkpoint_if_due()
         return "cancelled" if self._orders.ending == "cancelled" else None
 
@@ -179,7 +178,7 @@ class Driver:
             tracker.log(self._step, self._evaluation_metrics)
         return after
 
-    async def _pause(self) -> None:
+    async def _pause(self) -> Ending:
         """Nothing more is issued; what still runs may finish, and is kept in the checkpoint."""
         running = [entry.task for entry in self._intake.window.waiting()]
         self._journal.event("phase", phase="pause", step=self._step, groups=len(running))
@@ -187,6 +186,7 @@ class Driver:
             with self._phase("generation"):
                 await asyncio.wait(running, timeout=self._spec.rollout.group_deadline_s)
         await self._checkpoint()
+        return "cancelled" if self._orders.ending == "cancelled" else "paused"
 
     def _stop_if_superseded(self) -> None:
         if superseded(self._run_dir, self._attempt):

@@ -11,12 +11,11 @@ import signal
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 from safetensors import safe_open
 
@@ -28,6 +27,7 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.cluster import ray_for
 from sapo_ray.driver.driver import Driver, Outcome, Parts
+from sapo_ray.driver.export import export
 from sapo_ray.driver.files import write_text
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.journal import Journal, Listener
@@ -39,7 +39,6 @@ from sapo_ray.driver.result import machine, package_versions, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import open_trackers
 from sapo_ray.errors import CheckpointError, ConfigError, DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
-from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.verifier.pool import VerifierPool
@@ -240,7 +239,7 @@ async def _run(
             outcome.seconds.update({"model": inputs.seconds, "start": started})
             if outcome.ending == "paused" or (outcome.ending == "cancelled" and orders.discard):
                 return outcome
-            return await _export(
+            return await export(
                 outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s
             )
         finally:
@@ -274,31 +273,6 @@ async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> N
 
 def _worker_event(event: dict[str, Any], journal: Journal) -> None:
     journal.event("worker", **{("what" if key == "kind" else key): value for key, value in event.items()})
-
-
-async def _export(
-    outcome: Outcome, learner: LearnerGroup, model_path: Path, folder: Path, journal: Journal, limit_s: float
-) -> Outcome:
-    """Write the trained model from the published buffer; only after a native push is the learner asked for one."""
-    began = time.monotonic()
-    journal.event("phase", phase="export")
-    published = outcome.published
-    if not published.buckets and outcome.abandoned:
-        journal.event("condition", condition="NotExported", reason="the learner ended with the step that was abandoned")
-        return outcome
-    if not published.buckets:
-        published = await learner.publish(published.manifest.version)
-    export = ray.remote(num_cpus=0)(export_hf)
-    try:
-        async with asyncio.timeout(limit_s):
-            await export.remote(published.manifest, str(model_path), str(folder), *published.buckets)
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"the export was not written within deadlines.checkpoint_s ({limit_s:g} s); "
-            "raise it and `sapo-ray resume` the run"
-        ) from error
-    outcome.seconds["export"] = time.monotonic() - began
-    return replace(outcome, export=folder)
 
 
 def published_bytes(folder: Path, dtype: str) -> int:

@@ -1,0 +1,41 @@
+"""The trained model, written for others: a Ray task near the weights does it, the driver only waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from sapo_ray.driver.driver import Outcome
+from sapo_ray.driver.journal import Journal
+from sapo_ray.errors import DeadlineExceeded
+from sapo_ray.learner.export import export_hf
+from sapo_ray.learner.group import LearnerGroup
+
+
+async def export(
+    outcome: Outcome, learner: LearnerGroup, model_path: Path, folder: Path, journal: Journal, limit_s: float
+) -> Outcome:
+    """Write the trained model from the published buffer; only after a native push is the learner asked for one."""
+    began = time.monotonic()
+    journal.event("phase", phase="export")
+    published = outcome.published
+    if not published.buckets and outcome.abandoned:
+        journal.event("condition", condition="NotExported", reason="the learner ended with the step that was abandoned")
+        return outcome
+    if not published.buckets:
+        published = await learner.publish(published.manifest.version)
+    writing = ray.remote(num_cpus=0)(export_hf)
+    try:
+        async with asyncio.timeout(limit_s):
+            await writing.remote(published.manifest, str(model_path), str(folder), *published.buckets)
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"the export was not written within deadlines.checkpoint_s ({limit_s:g} s); "
+            "raise it and `sapo-ray resume` the run"
+        ) from error
+    outcome.seconds["export"] = time.monotonic() - began
+    return replace(outcome, export=folder)
