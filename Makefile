@@ -2,7 +2,7 @@
 # make quickstart   train the smallest job, on two CPU cores
 # make test         set up and run all tests; make test-fast: only those without real engines
 # make check        format, lint, types and layers, as every commit should pass; make format: apply the format
-# make docs         write docs/jobs.md again from the job's own description
+# make docs         write docs/jobs.md and docs/api.md again from what they describe
 # make clean        remove .venv and caches
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -70,6 +70,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python -m sapo_ray.config.reference > docs/jobs.md
+	$(BIN)/python -m sapo_ray.control.reference > docs/api.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -103,7 +103,7 @@ class _Exchange:
         )
 
     def _finish(self, observe: Observer) -> None:
-        route = getattr(self._scope.get("route"), "path", "unmatched")
+        route = getattr(self._scope.get("route"), "path_format", "unmatched")
         seconds = time.perf_counter() - self._began
         observe(self._scope["method"], route, self._status, seconds)
         caller = self._scope["state"].get("caller")

@@ -81,7 +81,8 @@ class _FromTheStore(Collector):
     def _collect(self) -> Iterator[Metric]:
         now = time.time()
         with self._store.read() as session:
-            counts = dict(session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all())
+            by_state = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
+            counts: dict[str, int] = {row[0]: row[1] for row in by_state}
             oldest = session.scalar(select(func.min(JobRow.since)).where(JobRow.state == "queued"))
             waits = session.execute(
                 select(JobRow.created_at, JobRow.started_at).where(JobRow.started_at > now - RECENT_S)

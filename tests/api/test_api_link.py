@@ -1,0 +1,142 @@
+"""The drivers' side: each event once, in order, by the holder of the attempt's token alone. On both databases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from api_parts import brought_to, deliver, problem, run_dir, started, submitted
+from conftest import Connect
+from starlette.testclient import TestClient
+
+from sapo_ray.control.store import Store
+
+STEP = {"kind": "step", "step": 1, "steps": 60, "drops": {}, "metrics": {"reward/mean": 0.5}}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_events_arrive_once_however_often_they_are_sent(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    events = [{"kind": "transition", "state": "running"}, STEP, {"kind": "phase", "phase": "train"}]
+    assert deliver(acme, job_id, token, 1, *events).json()["next_seq"] == 4
+    assert deliver(acme, job_id, token, 1, *events).json()["next_seq"] == 4
+    assert deliver(acme, job_id, token, 2, *events[1:], {"kind": "phase", "phase": "x"}).json()["next_seq"] == 5
+    found = acme.get(f"/v1/jobs/{job_id}/events").json()["data"]
+    assert [event["id"] for event in found] == list(range(1, len(found) + 1))
+    driver = [event["kind"] for event in found if event["source"] == "driver"]
+    assert driver == ["transition", "step", "phase", "phase"]
+    job = acme.get(f"/v1/jobs/{job_id}").json()["status"]
+    assert (job["state"], job["step"], job["summary"]["reward"]) == ("running", 1, 0.5)
+    assert job["last_heard"] is not None
+
+
+def test_a_gap_is_409_and_says_what_comes_next_and_nothing_is_stored(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    deliver(acme, job_id, token, 1, STEP)
+    before = acme.get(f"/v1/jobs/{job_id}/events").json()
+    assert problem(deliver(acme, job_id, token, 5, STEP), 409, "sequence_gap")["expected"] == 2
+    assert acme.get(f"/v1/jobs/{job_id}/events").json() == before
+
+
+def test_a_superseded_driver_is_told_to_end_and_reports_nothing(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    old = started(store, job_id)
+    brought_to(store, job_id, "recovering")
+    started(store, job_id)
+    found = problem(deliver(acme, job_id, old, 1, STEP), 409, "superseded")
+    assert found["current_attempt"] == 2
+    answer = acme.get(f"/v1/link/{job_id}/1/assignment", headers={"Authorization": f"Bearer {old}"})
+    problem(answer, 409, "superseded")
+    assert acme.get(f"/v1/jobs/{job_id}").json()["status"]["step"] == 0
+
+
+def test_a_token_is_for_its_own_job_and_attempt(acme: TestClient, store: Store) -> None:
+    one, two = submitted(acme), submitted(acme)
+    token, other = started(store, one), started(store, two)
+    problem(deliver(acme, two, token, 1, STEP), 401, "unauthenticated")
+    problem(deliver(acme, one, token, 1, STEP, attempt=2), 401, "unauthenticated")
+    problem(deliver(acme, one, "sapo_job_wrong", 1, STEP), 401, "unauthenticated")
+    problem(
+        acme.get(f"/v1/link/{one}/1/assignment", headers={"Authorization": f"Bearer {other}"}), 401, "unauthenticated"
+    )
+    problem(acme.get(f"/v1/link/{one}/1/assignment"), 401, "unauthenticated")
+    problem(acme.get("/v1/jobs", headers={"Authorization": f"Bearer {token}"}), 401, "unauthenticated")
+
+
+def test_an_empty_delivery_is_a_sign_of_life(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    before = acme.get(f"/v1/jobs/{job_id}").json()["status"]["last_heard"]
+    assert deliver(acme, job_id, token, 1).json()["next_seq"] == 1
+    assert before is None
+    assert acme.get(f"/v1/jobs/{job_id}").json()["status"]["last_heard"] is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b'{"first_seq": 1, "events": [', 400, "malformed_json"),
+        (b"[]", 422, "invalid_request"),
+        (b'{"first_seq": 0, "events": []}', 422, "invalid_request"),
+        (b'{"first_seq": 1}', 422, "invalid_request"),
+        (b'{"first_seq": 1, "events": [7]}', 422, "invalid_request"),
+        (b'{"first_seq": 1, "events": [{"seq": 2, "kind": "x"}]}', 422, "invalid_request"),
+        (b'{"first_seq": 1, "events": [' + b'{"kind": "x"},' * 500 + b'{"kind": "x"}]}', 422, "invalid_request"),
+    ],
+)
+def test_a_wrong_delivery_is_refused_and_stores_nothing(
+    acme: TestClient, store: Store, body: bytes, status: int, code: str
+) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    headers = JSON | {"Authorization": f"Bearer {token}"}
+    problem(acme.post(f"/v1/link/{job_id}/1/events", content=body, headers=headers), status, code)
+    assert deliver(acme, job_id, token, 1).json()["next_seq"] == 1
+
+
+def test_odd_values_in_an_event_do_not_stop_the_events_after_it(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    body = (
+        b'{"first_seq": 1, "events": [{"time": "never", "kind": "step", "metrics": {"x": NaN, "y": 1e999}, '
+        b'"text": "\\u0000 \\ud800 \xff"}, {"time": 1, "kind": "phase"}]}'
+    )
+    headers = JSON | {"Authorization": f"Bearer {token}"}
+    answer = acme.post(f"/v1/link/{job_id}/1/events", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["next_seq"]) == (200, 3)
+    found = acme.get(f"/v1/jobs/{job_id}/events?kind=step").json()["data"]
+    assert found[0]["data"]["metrics"] == {"x": None, "y": None}
+
+
+def test_a_delivery_beyond_the_limit_is_413(connect: Connect, store: Store) -> None:
+    client = connect(max_link_bytes=1000)
+    job_id = submitted(client)
+    token = started(store, job_id)
+    problem(deliver(client, job_id, token, 1, {"kind": "x", "text": "y" * 1000}), 413, "too_large")
+
+
+def test_the_assignment_holds_the_job_its_folder_and_its_tenants_secrets(
+    connect: Connect, store: Store, tmp_path: Path
+) -> None:
+    for tenant, name, value in [
+        ("default", "WANDB_API_KEY", "w-123\n"), ("default", "lower", "no"), ("rival", "OTHER", "hidden")
+    ]:  # fmt: skip
+        (tmp_path / "secrets" / tenant).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "secrets" / tenant / name).write_text(value)
+    client = connect(secrets_dir=tmp_path / "secrets")
+    job_id = submitted(client)
+    token = started(store, job_id)
+    answer = client.get(f"/v1/link/{job_id}/1/assignment", headers={"Authorization": f"Bearer {token}"}).json()
+    assert answer["secrets"] == {"WANDB_API_KEY": "w-123"}
+    assert (answer["job_id"], answer["attempt"], answer["run_dir"]) == (job_id, 1, str(run_dir(store, job_id)))
+    assert answer["spec"] == client.get(f"/v1/jobs/{job_id}").json()["spec"]
+    assert answer["orders"]["state"] == "run"
+    for path in ("", "/events", "/config"):
+        assert "w-123" not in client.get(f"/v1/jobs/{job_id}{path}").text
