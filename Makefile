@@ -71,6 +71,7 @@ format: setup
 docs: setup
 	$(BIN)/python -m sapo_ray.config.reference > docs/jobs.md
 	$(BIN)/python -m sapo_ray.control.reference > docs/api.md
+	$(BIN)/python -m sapo_ray.control.settings_reference > docs/settings.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
