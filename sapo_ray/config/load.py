@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from importlib import resources
 from pathlib import Path
@@ -127,6 +129,12 @@ def resume_job(stored: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Job
 
 
 def _preset(name: str) -> dict[str, Any]:
+    return copy.deepcopy(_parsed_preset(name))
+
+
+@lru_cache(maxsize=8)
+def _parsed_preset(name: str) -> dict[str, Any]:
+    """Once a process: reading YAML is most of what checking a job costs."""
     text = (resources.files("sapo_ray.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     preset: dict[str, Any] = yaml_text.parse(text, f"preset {name}")
     return preset

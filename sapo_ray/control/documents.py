@@ -123,6 +123,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
     _, found = models_json_schema([(model, "validation") for model in models], ref_template=REF + "{model}")
     schemas |= found["$defs"]
     schemas["JobSpecInput"] = _as_input(schemas["JobSpec"])
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for answer in operation["responses"].values():
+                if answer["description"] == "Successful Response":
+                    answer["description"] = f"{operation['summary']}."
     _finish(document)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

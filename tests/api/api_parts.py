@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from starlette.testclient import TestClient
 
 from sapo_ray.control.store import Store, attempts, jobs
 
+Connect = Callable[..., TestClient]
+"""Starts the application with changed settings; gives a client with the operator's admin key."""
 QUICKSTART = {"spec": {"preset": "quickstart"}}
 
 

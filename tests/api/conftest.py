@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from api_parts import Connect
 from api_server import ADMIN_KEY, FakeCluster
 from postgres_server import NoServer, PostgresServer
 from starlette.testclient import TestClient
@@ -18,7 +19,6 @@ from sapo_ray.control.settings import Settings, load_settings
 from sapo_ray.control.store import Store, keys
 
 _numbers = itertools.count(1)
-Connect = Callable[..., TestClient]
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_parts import problem, started, submitted
-from conftest import Connect
+from api_parts import Connect, problem, started, submitted
 from starlette.testclient import TestClient
 
 from sapo_ray.control.confine import allowed

@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from api_parts import problem
-from conftest import Connect
+from api_parts import Connect, problem
 from httpx import Response
 from starlette.testclient import TestClient
 

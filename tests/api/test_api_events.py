@@ -12,9 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from api_parts import brought_to, deliver, problem, started, submitted
+from api_parts import Connect, brought_to, deliver, problem, started, submitted
 from api_server import ADMIN_KEY, ServerProcess
-from conftest import Connect
 from starlette.testclient import TestClient
 
 from sapo_ray.control.store import Store, events, jobs

@@ -142,7 +142,9 @@ def test_jobs_are_found_by_state_and_label_and_know_their_place_in_the_queue(acm
     assert ids("state=paused") == [paused]
     assert ids("state=paused&state=queued") == [paused, high, low]
     assert ids("label=team/x%3Da%3Db") == [high]
+    assert ids("label=team/x") == [high]
     assert ids("label=team/x%3Dc") == []
+    assert ids("label=team") == []
 
 
 def test_a_change_needs_the_newest_etag_if_it_names_one(acme: TestClient) -> None:

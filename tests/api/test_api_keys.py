@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from api_parts import QUICKSTART, problem, submitted
+from api_parts import QUICKSTART, Connect, problem, submitted
 from api_server import ADMIN_KEY
-from conftest import Connect
 from sqlalchemy import text
 from starlette.testclient import TestClient
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from api_parts import brought_to, deliver, problem, run_dir, started, submitted
-from conftest import Connect
+from api_parts import Connect, brought_to, deliver, problem, run_dir, started, submitted
 from starlette.testclient import TestClient
 
 from sapo_ray.control.store import Store

@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 import json
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import structlog
-from api_parts import QUICKSTART, deliver, problem, started, submitted
+from api_parts import QUICKSTART, Connect, deliver, problem, started, submitted
 from api_server import ADMIN_KEY, FakeCluster
-from conftest import Connect
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
@@ -131,6 +132,15 @@ def test_metrics_count_requests_by_route_and_jobs_by_state_and_follow_live_jobs(
     assert 0 <= value("sapo_driver_lag_seconds", job=job_id) < 60
     assert value("sapo_queue_wait_seconds_count") == 1
     assert value("sapo_store_up") == 1
+
+
+def test_metrics_have_a_port_of_their_own_if_the_operator_gives_one(connect: Connect) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    submitted(connect(metrics_port=port))
+    answer = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+    assert 'sapo_jobs{ended="no",state="queued"} 1.0' in answer.text
 
 
 def test_metrics_without_the_database_say_so(admin: TestClient, tmp_path: Path) -> None:

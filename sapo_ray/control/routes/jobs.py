@@ -136,7 +136,7 @@ def list_jobs(
     ] = None,
     label: Annotated[
         str | None,
-        Query(description="Only jobs with this label, `key=value`.", pattern="^[^=]+=", examples=["team=maths"]),
+        Query(description="Only jobs with this label, `key` or `key=value`.", pattern="^[^=]", examples=["team=maths"]),
     ] = None,
     limit: Annotated[int, Query(ge=1, le=500, description="Most jobs of a page.")] = 50,
     after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
@@ -144,8 +144,8 @@ def list_jobs(
     """The tenant's jobs, newest first. Deep pages cost what the first one costs."""
     pair = None
     if label is not None:
-        name, _, value = label.partition("=")
-        pair = (name, value)
+        name, equals, value = label.partition("=")
+        pair = (name, value if equals else None)
     with control.store.read() as session:
         rows = jobs.list_jobs(session, caller.tenant, state=state, label=pair, after=after, limit=limit + 1)
         more, rows = len(rows) > limit, rows[:limit]

@@ -80,7 +80,7 @@ def list_jobs(
     tenant: str | None,
     *,
     state: str | Collection[str] | None = None,
-    label: tuple[str, str] | None = None,
+    label: tuple[str, str | None] | None = None,
     after: str | None = None,
     limit: int = 100,
 ) -> list[JobRow]:
@@ -94,9 +94,10 @@ def list_jobs(
     if state is not None:
         query = query.where(JobRow.state.in_([state] if isinstance(state, str) else list(state)))
     if label is not None:
-        if not _may_be_label(label[0]) or "\0" in label[1]:
+        if not _may_be_label(label[0]) or (label[1] is not None and "\0" in label[1]):
             return []
-        query = query.where(JobRow.labels[label[0]].as_string() == label[1])
+        found = JobRow.labels[label[0]].as_string()
+        query = query.where(found.is_not(None) if label[1] is None else found == label[1])
     if after is not None:
         if not is_id(PREFIX, after):
             raise BadCursor("after must be the `next` of a page of jobs")
