@@ -150,21 +150,19 @@ class RayJobs:
     def status(self, submission_id: str) -> LaunchStatus:
         """What became of a submission; see Launcher."""
         answer = self._call("GET", f"/api/jobs/{quote(submission_id)}", accept=(404,))
-        if answer.status_code == 404:
-            if "does not exist" not in answer.text:  # e.g. not Ray's dashboard, or one whose job module has died
-                raise LauncherUnavailable(f"{answer.request.url} answered 404: {_last_line(answer.text)}")
+        if _is_absent(answer):
             return LaunchStatus(state="UNKNOWN", message="the cluster does not know this submission")
         found = _parse(answer, _Details)
         return LaunchStatus(state=found.status, message=_tail(found.message or ""))
 
     def stop(self, submission_id: str) -> None:
         """SIGTERM to the driver and its children, SIGKILL three seconds later; returns before that happens."""
-        self._call("POST", f"/api/jobs/{quote(submission_id)}/stop", accept=(404,))
+        _is_absent(self._call("POST", f"/api/jobs/{quote(submission_id)}/stop", accept=(404,)))
 
     def logs(self, submission_id: str) -> str:
         """What the driver printed so far; see Launcher."""
         answer = self._call("GET", f"/api/jobs/{quote(submission_id)}/logs", accept=(404,))
-        return "" if answer.status_code == 404 else _parse(answer, _Logs).logs
+        return "" if _is_absent(answer) else _parse(answer, _Logs).logs
 
     def _call(
         self, method: str, path: str, *, json: Mapping[str, object] | None = None, accept: tuple[int, ...] = ()
@@ -181,6 +179,15 @@ class RayJobs:
                 f"{method} {answer.request.url} answered {answer.status_code}: {_last_line(answer.text)}"
             )
         return answer
+
+
+def _is_absent(answer: httpx.Response) -> bool:
+    """Whether the cluster does not know the submission. Raises LauncherUnavailable for a 404 of anybody else's."""
+    if answer.status_code != 404:
+        return False
+    if "does not exist" not in answer.text:  # not Ray's dashboard, or one whose job module has died
+        raise LauncherUnavailable(f"{answer.request.url} answered 404: {_last_line(answer.text)}")
+    return True
 
 
 class _Details(BaseModel):

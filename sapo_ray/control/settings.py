@@ -39,7 +39,9 @@ class Settings(BaseSettings):
     control_url: str = ""
     """Where drivers reach this service; http://host:port if empty."""
     ray_jobs_url: str = "http://127.0.0.1:8265"
-    """Ray dashboard, whose Jobs API starts the drivers."""
+    """Ray dashboard, whose Jobs API starts the drivers; if it is not set at all, a Ray is started on this machine."""
+    driver_python: str = ""
+    """Interpreter that starts drivers on the head node; if empty `python`, for a Ray started here this one."""
     secrets_dir: Path | None = None
     """Operator-defined secrets, one file each: `<secrets_dir>/<tenant>/<NAME>`."""
 
@@ -65,6 +67,12 @@ class Settings(BaseSettings):
     """Jobs of a tenant that may run at once; others wait in the queue."""
     heartbeat_timeout_s: Seconds = 60.0
     """A driver not heard of for so long is replaced."""
+    start_deadline_s: Seconds = 300.0
+    """A driver that has not reported so long after its launch is replaced."""
+    pause_grace_s: Seconds = 900.0
+    """Time a driver has to finish its step and checkpoint when it is to pause; then it is stopped."""
+    cancel_grace_s: Seconds = 600.0
+    """Time a driver has to export when it is cancelled; then it is stopped."""
     lease_s: Seconds = 15.0
     """How long a replica holds a job before it must renew."""
     max_restarts: Annotated[int, Field(ge=0)] = 3

@@ -137,6 +137,7 @@ class Acting:
     def _settle(self, action: Settle, seen: Seen, lease: Lease) -> None:
         job, attempt = seen.job, _attempt(seen)
         self._take_rest_of_journal(seen, lease)
+        remains.keep_log(job.run_dir, attempt.number, self._launcher.logs(attempt.submission_id))
         with self._store.read() as s:
             row = jobs.get_job(s, None, job.id)
             if row is None or row.state != job.state:  # the journal had the driver's last word: decide again

@@ -14,6 +14,7 @@ from sapo_ray.api.link import MAX_BATCH
 
 log = structlog.get_logger("sapo_ray.control.reconciler")
 
+LOG_BYTES = 4 << 20
 DISCARDED = ("checkpoints", "export")
 """What `discard` removes from a run directory."""
 
@@ -58,6 +59,15 @@ def _events(path: Path, attempt: int) -> Iterator[dict[str, Any]]:
                 return
             if isinstance(event, dict) and isinstance(event.get("seq"), int) and event.get("attempt") == attempt:
                 yield event
+
+
+def keep_log(run_dir: Path, attempt: int, text: str) -> None:
+    """What the driver printed, beside its actors' logs: the cluster forgets it when it ends. The end, if it is long."""
+    if not text:
+        return
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"driver-{attempt}.log").write_bytes(text.encode("utf-8", "replace")[-LOG_BYTES:])
 
 
 def discard(run_dir: Path) -> list[str]:

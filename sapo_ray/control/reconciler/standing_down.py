@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -25,11 +26,17 @@ LEASE_S = 60.0
 
 
 def stand_down(
-    store: Store, launcher: Launcher, holder: str, bound_s: float, clock: Callable[[], float] = time.time
+    store: Store,
+    launcher: Launcher,
+    holder: str,
+    bound_s: float,
+    hurry: threading.Event | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> list[str]:
-    """Stop all drivers, wait at most `bound_s` for their end, and queue their jobs again. Call after the loop ended.
+    """Stop all drivers, wait for their end, and queue their jobs again. Call after the loop ended.
 
-    Returns the jobs whose drivers had not ended by then; the next reconciler finds them gone, which costs a restart.
+    Waits at most `bound_s`, or until `hurry` is set. Returns the jobs whose drivers had not ended by then; the next
+    reconciler finds them gone, which costs a restart.
     """
     with store.read() as s:
         ids = queries.jobs_to_look_at(s, holder, clock())
@@ -43,7 +50,8 @@ def stand_down(
             return sorted(drivers)
     acting = Acting(store, launcher, "", Hooks(), clock)
     deadline = time.monotonic() + bound_s
-    while drivers and time.monotonic() < deadline:
+    hurry = hurry or threading.Event()
+    while drivers and time.monotonic() < deadline and not hurry.is_set():
         for id in list(drivers):
             try:
                 if _settle(store, launcher, acting, holder, id, clock):
@@ -51,7 +59,7 @@ def stand_down(
             except (SapoRayError, OSError, Changed) as error:
                 log.warning("not_settled", job_id=id, error=str(error))
         if drivers:
-            time.sleep(POLL_S)
+            hurry.wait(POLL_S)
     return sorted(drivers)
 
 

@@ -29,6 +29,7 @@ class Driver:
     token: str
     state: LaunchState = "PENDING"
     message: str = ""
+    printed: str = ""
 
     def become(self, state: LaunchState, message: str = "") -> None:
         assert state in NEXT.get(self.state, ()), f"{self.request.submission_id}: {self.state} -> {state}"
@@ -86,7 +87,7 @@ class StrictCluster:
 
     def logs(self, submission_id: str) -> str:
         self.ping()
-        return ""
+        return self.drivers[submission_id].printed if submission_id in self.drivers else ""
 
     def of_job(self, job_id: str) -> list[Driver]:
         """All drivers that a job ever had, in order."""

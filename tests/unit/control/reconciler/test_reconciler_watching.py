@@ -215,6 +215,15 @@ def test_a_damaged_journal_gives_what_comes_before_the_damage(world: World) -> N
     assert world.job(id).state == "recovering"
 
 
+def test_what_a_driver_printed_is_kept_with_the_run(world: World) -> None:
+    id = world.running()
+    world.driver(id).printed = "Grüße\nboom\n"
+    die(world, id)
+    world.tick()
+    world.cluster.forget_everything()
+    assert (world.runs / id / "logs" / "driver-1.log").read_text() == "Grüße\nboom\n"
+
+
 def test_a_driver_that_exits_well_without_a_word_is_replaced(world: World) -> None:
     id = world.running()
     world.driver(id).become("SUCCEEDED")

@@ -1,0 +1,174 @@
+"""The launcher against a real Ray: Jobs API, a head that is gone and back, a service that ends or is killed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sapo_ray.control.embedded import EmbeddedRay
+from sapo_ray.control.embedded_processes import Record, processes_of
+from sapo_ray.control.launcher import LauncherUnavailable, LaunchRequest, LaunchStatus, RayJobs
+
+pytestmark = pytest.mark.integration
+
+NEVER = threading.Event()
+
+
+def python(code: str) -> str:
+    return shlex.join([sys.executable, "-c", code])
+
+
+def until(what: str, condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.2)
+
+
+def ended(jobs: RayJobs, id: str) -> LaunchStatus:
+    until(f"the end of {id}", lambda: jobs.status(id).over)
+    return jobs.status(id)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRay]:
+    cluster = EmbeddedRay(tmp_path_factory.mktemp("cluster"))
+    cluster.start(NEVER)
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def jobs(cluster: EmbeddedRay) -> Iterator[RayJobs]:
+    with RayJobs(cluster.url, python=sys.executable) as jobs:
+        yield jobs
+
+
+def test_a_submission_runs_to_its_end_and_its_output_can_be_read(jobs: RayJobs) -> None:
+    assert jobs.status("sapo-good-1").state == "UNKNOWN"
+    assert jobs.logs("sapo-good-1") == ""
+    jobs.submit_command("sapo-good-1", python("print('Grüße', 6 * 7)"))
+    assert ended(jobs, "sapo-good-1").state == "SUCCEEDED"
+    assert "Grüße 42" in jobs.logs("sapo-good-1")
+
+
+def test_a_second_submission_of_an_id_starts_nothing(jobs: RayJobs, tmp_path: Path) -> None:
+    count = python(f"open({str(tmp_path / 'count')!r}, 'a').write('x')")
+    for _ in range(3):
+        jobs.submit_command("sapo-twice-1", count)
+    assert ended(jobs, "sapo-twice-1").state == "SUCCEEDED"
+    jobs.submit_command("sapo-twice-1", count)
+    time.sleep(2.0)
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_a_failure_comes_with_its_exit_code_and_the_last_lines(jobs: RayJobs) -> None:
+    jobs.submit_command("sapo-bad-1", python("[print('line', n) for n in range(100)]; raise SystemExit(7)"))
+    found = ended(jobs, "sapo-bad-1")
+    assert found.state == "FAILED"
+    first, *rest = found.message.splitlines()
+    assert "exit code 7" in first
+    assert rest[-1] == "line 99"
+    assert "line 50" not in rest
+
+
+def test_a_driver_is_stopped_with_time_to_say_goodbye(jobs: RayJobs) -> None:
+    code = "import signal,sys,time\nsignal.signal(15, lambda *a: (time.sleep(5), print('goodbye'), sys.exit(0)))\n"
+    jobs.submit_command("sapo-stop-1", python(code + "print('ready'); time.sleep(600)"))
+    until("its start", lambda: "ready\n" in jobs.logs("sapo-stop-1"))
+    jobs.stop("sapo-stop-1")
+    assert ended(jobs, "sapo-stop-1").state == "STOPPED"
+    assert "goodbye" in jobs.logs("sapo-stop-1")
+    jobs.stop("sapo-stop-1")
+    jobs.stop("sapo-never-1")
+
+
+def test_the_service_keeps_its_secrets_from_drivers(
+    tmp_path: Path, jobs: RayJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sapo_ray.control.embedded import _environment
+
+    monkeypatch.setenv("SAPO_ADMIN_KEY", "k" * 40)
+    monkeypatch.setenv("SAPO_DATABASE_URL", "postgresql://user:password@host/db")
+    kept = _environment("m")
+    assert not [name for name in kept if name.startswith("SAPO_") and name != "SAPO_EMBEDDED_RAY"]
+
+
+def test_a_driver_is_started_with_its_tokens_path_alone(jobs: RayJobs, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sapo_job_secret")
+    request = LaunchRequest(
+        submission_id="sapo-job-1",
+        job_id="job",
+        attempt=1,
+        control_url="http://127.0.0.1:1",
+        token_file=tmp_path / "token",
+    )
+    command = jobs.entrypoint(request)
+    assert "secret" not in command
+    assert shlex.split(command)[1:] == [
+        *["-m", "sapo_ray.driver.main", "--job", "job", "--attempt", "1"],
+        *["--control", "http://127.0.0.1:1", "--token-file", str(tmp_path / "token")],
+    ]
+
+
+def test_ray_gone_is_told_and_a_new_head_serves_at_the_same_address(cluster: EmbeddedRay, jobs: RayJobs) -> None:
+    jobs.submit_command("sapo-before-1", python("import time; time.sleep(600)"))
+    record = cluster._record
+    assert record is not None
+    assert record.pid is not None
+    driver = []
+    until("its start", lambda: bool(driver.extend(_commands(record, "time.sleep(600)")) or driver))
+    os.kill(record.pid, signal.SIGKILL)
+    until("the head's end", lambda: not psutil.pid_exists(record.pid) or _zombie(record.pid))
+    with pytest.raises(LauncherUnavailable):
+        until("an error", lambda: jobs.ping() or False, 30.0)
+    assert cluster.replace_if_dead(NEVER)
+    assert jobs.status("sapo-before-1").state == "UNKNOWN"
+    assert not processes_of(record), "drivers of the old head live on"
+    jobs.submit_command("sapo-after-1", python("print('here')"))
+    assert ended(jobs, "sapo-after-1").state == "SUCCEEDED"
+
+
+def _zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _commands(record: Record, part: str) -> list[psutil.Process]:
+    return [one for one in processes_of(record) if part in " ".join(one.cmdline())]
+
+
+def test_what_is_not_ray_is_unavailable_not_unknown() -> None:
+    """Another server on that port: a job must not be taken for gone because of it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(
+                        b"HTTP/1.1 404 Not Found\r\ncontent-length: 9\r\nconnection: close\r\n\r\nNot found"
+                    )
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with RayJobs(url) as jobs:
+            with pytest.raises(LauncherUnavailable, match="404"):
+                jobs.status("sapo-x-1")
+            with pytest.raises(LauncherUnavailable):
+                jobs.stop("sapo-x-1")
+        thread.join(10.0)
