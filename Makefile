@@ -1,5 +1,5 @@
 # make setup        a virtual environment in .venv with everything pinned (GPU=1: the CUDA set)
-# make quickstart   train the smallest job, on two CPU cores
+# make quickstart   start the service, train the smallest job through it on two CPU cores, stop it
 # make test         set up and run all tests; make test-fast: only those without real engines
 # make check        format, lint, types and layers, as every commit should pass; make format: apply the format
 # make docs         write docs/jobs.md and docs/api.md again from what they describe
@@ -50,7 +50,7 @@ $(VENV)/.locked-$(SET): requirements/$(SET).lock
 	@touch $@
 
 quickstart: setup
-	$(BIN)/sapo-ray train configs/quickstart.yaml
+	$(BIN)/sapo-ray quickstart configs/quickstart.yaml
 
 test: setup
 	$(BIN)/python -m pytest
