@@ -7,6 +7,7 @@
     |-- WeightsRefused       weights arrived damaged or incomplete, or failed the canary
     |-- WorkerLost           an actor died or stopped answering
     |-- DeadlineExceeded     a named, bounded wait ran out
+    |   `-- NoWorker         no rollout worker could be used meanwhile: says nothing about what was to be sampled
     |-- CheckpointError      a checkpoint is missing, damaged, or does not fit the job
     |-- ResourceError        too little disk, memory, shared memory or cluster capacity
     `-- TrainingFailed       the run itself cannot go on: says why and what was kept
@@ -42,6 +43,10 @@ class WorkerLost(SapoRayError):
 
 class DeadlineExceeded(SapoRayError, TimeoutError):
     """A named wait ran out of time."""
+
+
+class NoWorker(DeadlineExceeded):
+    """No rollout worker could be used within the time; what waited for one is not to blame."""
 
 
 class CheckpointError(SapoRayError):

@@ -8,7 +8,8 @@ Waits for: an attested worker, then the worker, then the verifier; each wait is 
 What a dead worker had not delivered is asked for again, one by one and under the same seeds, so the group that results
 does not depend on who died when. A group whose worker died is a suspect, and so are its neighbours: suspects are
 repeated one at a time, and one whose worker dies again while it is the only suspect is quarantined. So is one that
-misses its own deadline twice.
+misses its own deadline twice. Time without any worker is no fault of a prompt: the group goes on waiting, as long as
+whoever waits for it does (deadlines.batch_s, deadlines.evaluation_s).
 
 Groups are admitted as the engines have room, in the order in which they were asked for: the deadline of a group does
 not run while it would only wait in a queue.
@@ -25,7 +26,7 @@ from ray.exceptions import ObjectLostError, RayTaskError
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.parts import Ref, Rollouts, Verifiers
-from sapo_ray.errors import ResourceError, WorkerLost
+from sapo_ray.errors import NoWorker, ResourceError, WorkerLost
 from sapo_ray.types import (
     CompletionMeta,
     DropReason,
@@ -94,6 +95,8 @@ class Collector:
                     prompt.text, prompt.gold, [finished[i][1] for i in range(samples)]
                 )
                 break
+            except NoWorker as error:  # its worker is being replaced: whoever waits for this group has a bound too
+                self._journal.ledger("waited", group=prompt.id, reason=str(error))
             except (WorkerLost, TimeoutError) as error:
                 strikes += 1
                 reason = (
@@ -143,8 +146,9 @@ class Collector:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
         )
-        # The pool bounds the call by the same deadline and says more about it; this one is for a pool that does not.
-        async with asyncio.timeout(self._spec.rollout.group_deadline_s * 1.1 + 0.5):
+        # The pool bounds the wait for a worker and the sampling by this deadline each, and says more about both; this
+        # bound is for a pool that does not.
+        async with asyncio.timeout(self._spec.rollout.group_deadline_s * 2.2 + 0.5):
             async for meta, payload in self._rollouts.generate(request):
                 finished[meta.sample_index] = (meta, payload)
         if short := [sample.index for sample in missing if sample.index not in finished]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.errors import DeadlineExceeded, SapoRayError, TrainingFailed, WeightsRefused, WorkerLost
+from sapo_ray.errors import DeadlineExceeded, NoWorker, SapoRayError, TrainingFailed, WeightsRefused, WorkerLost
 from sapo_ray.rollout.remote import Ref, RemoteWorker, WorkerInfo, WorkerState
 from sapo_ray.rollout.replacements import REPLACEMENTS, Replacements
 from sapo_ray.types import CompletionMeta, GroupRequest, Published, Takeover
@@ -97,13 +97,14 @@ class RolloutPool:
     async def generate(self, request: GroupRequest) -> AsyncGenerator[tuple[CompletionMeta, Ref], None]:
         """Yield (meta, ref of the payload) of each completion as it finishes, all from one worker.
 
-        Raises WorkerLost when that worker dies, DeadlineExceeded after rollout.group_deadline_s, TrainingFailed when
-        no worker is left. What was yielded before stays good.
+        rollout.group_deadline_s bounds the wait for a worker and then, anew, the sampling. Raises WorkerLost when the
+        worker dies, NoWorker or DeadlineExceeded at these bounds, TrainingFailed when no worker is left. What was
+        yielded before stays good.
         """
         self._check_failure()
         clock = asyncio.get_running_loop().time
+        worker = await self._attested_worker(request)
         deadline = clock() + self._spec.rollout.group_deadline_s
-        worker = await self._attested_worker(request, deadline)
         worker.in_flight += len(request.samples)
         if worker.in_flight == len(request.samples):
             worker.last_progress = clock()  # it was idle until now
@@ -129,9 +130,7 @@ class RolloutPool:
         """
         self._check_failure()
         self._published = published
-        ready = self._ready()
-        if not published.buckets:
-            ready = [worker for worker in ready if worker.id in self._pushed_to]
+        ready = [worker for worker in self._ready() if published.buckets or worker.id in self._pushed_to]
         takeovers = [takeover for takeover in await asyncio.gather(*map(self._bring, ready)) if takeover]
         if takeovers:
             return takeovers
@@ -166,13 +165,13 @@ class RolloutPool:
     def _ready(self) -> list[RemoteWorker]:
         return [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
 
-    async def _attested_worker(self, request: GroupRequest, deadline: float) -> RemoteWorker:
+    async def _attested_worker(self, request: GroupRequest) -> RemoteWorker:
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(self._spec.rollout.group_deadline_s):
                 while not (usable := self._usable()):
                     await self._wait_for_change()
         except TimeoutError:
-            raise DeadlineExceeded(
+            raise NoWorker(
                 f"no attested rollout worker for group {request.group_id} within "
                 f"{self._spec.rollout.group_deadline_s:g} s (rollout.group_deadline_s); last failure: {self._last_loss}"
             ) from None
@@ -253,12 +252,10 @@ class RolloutPool:
 
     async def _drain(self, worker: RemoteWorker) -> None:
         """Let a surplus worker finish what it samples, no longer than a group may take, then end it."""
-        try:
+        with suppress(TimeoutError, TrainingFailed):
             async with asyncio.timeout(self._spec.rollout.group_deadline_s):
                 while worker.in_flight:
                     await self._wait_for_change()
-        except (TimeoutError, TrainingFailed):
-            pass
         if worker.state is WorkerState.DRAINING:
             del self._workers[worker.slot]
             self._event("worker_stopped", worker, reason="scaled down")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.errors import DeadlineExceeded, ResourceError, TrainingFailed, WeightsRefused, WorkerLost
+from sapo_ray.errors import NoWorker, ResourceError, TrainingFailed, WeightsRefused, WorkerLost
 from sapo_ray.rollout import pool as pools
 from sapo_ray.rollout import remote, replacements
 from sapo_ray.rollout.pool import RolloutPool
@@ -300,8 +300,29 @@ async def test_a_start_that_fails_ends_the_workers_that_did_start() -> None:
 async def test_waiting_for_an_attested_worker_is_bounded_and_named() -> None:
     pool = pool_of(1, group_deadline_s=0.05)
     await pool.start()
-    with pytest.raises(DeadlineExceeded, match=r"group a within 0\.05 s \(rollout\.group_deadline_s\)"):
+    with pytest.raises(NoWorker, match=r"group a within 0\.05 s \(rollout\.group_deadline_s\)"):
         await sampled_by(pool, "a")
+    await pool.close()
+
+
+async def test_the_time_without_a_worker_is_not_taken_from_the_group_that_waits_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: list[float] = []
+    sample = FakeWorker.generate
+
+    def generate(self: FakeWorker, request: GroupRequest, deadline: float) -> AsyncIterator[tuple[CompletionMeta, Any]]:
+        limits.append(deadline - asyncio.get_running_loop().time())
+        return sample(self, request, deadline)
+
+    monkeypatch.setattr(FakeWorker, "generate", generate)
+    pool = pool_of(1, group_deadline_s=20.0)
+    await pool.start()
+    waiting = asyncio.create_task(sampled_by(pool, "a"))
+    await asyncio.sleep(0.3)
+    await pool.update(published(0))
+    assert await waiting == "rollout-0"
+    assert limits == [pytest.approx(20.0, abs=0.1)]
     await pool.close()
 
 
