@@ -6,13 +6,17 @@ Consumes: a prompt. Produces: its G graded completions, or the reason why there 
 Waits for: an attested worker, then the worker, then the verifier; each wait is bounded.
 
 What a dead worker had not delivered is asked for again, one by one and under the same seeds, so the group that results
-does not depend on who died when. A group whose worker died is a suspect, and so are its neighbours: suspects are
-repeated one at a time, and one whose worker dies again while it is the only suspect is quarantined. So is one that
-misses its own deadline twice. Time without any worker is no fault of a prompt: the group goes on waiting, as long as
-whoever waits for it does (deadlines.batch_s, deadlines.evaluation_s).
+does not depend on who died when. Who is to blame:
 
-Groups are admitted as the engines have room, in the order in which they were asked for: the deadline of a group does
-not run while it would only wait in a queue.
+    a worker was lost once       nobody is suspected: its groups are repeated side by side, as many as there are
+    a second time                the group is a suspect, as its neighbours may be: suspects are repeated one at a time
+    a third time, alone          quarantined
+    its own deadline missed      a suspect; the second time quarantined
+    no worker is there           nobody: the group waits, as long as whoever waits for it does (deadlines.batch_s,
+                                 deadlines.evaluation_s)
+
+Groups are admitted as the engines of the living workers have room, training and evaluation together, in the order in
+which they were asked for: the deadline of a group does not run while it would only wait in a queue.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from dataclasses import dataclass
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver.admission import Admission
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.parts import Ref, Rollouts, Verifiers
 from sapo_ray.errors import NoWorker, ResourceError, WorkerLost
@@ -37,8 +42,10 @@ from sapo_ray.types import (
     sampling_seed,
 )
 
-MAX_STRIKES = 2
-"""Lost workers, or missed deadlines, of one prompt before it is quarantined."""
+MAX_LOSSES = 3
+"""Lost workers of one prompt before it is quarantined; the first may be anybody's doing: hundreds share a worker."""
+MAX_MISSES = 2
+"""Missed deadlines of one prompt before it is quarantined."""
 QUEUED_PER_SEQUENCE = 2
 """Completions admitted per sequence that the engines decode at once: some wait there, so that no engine runs dry."""
 MAX_LOST_PAYLOADS = 10
@@ -72,13 +79,12 @@ class Collector:
         self._rollouts = rollouts
         self._verifiers = verifiers
         self._journal = journal
-        self._suspects = asyncio.Semaphore(1)
-        self._admission: dict[int, asyncio.Semaphore] = {}
+        self._suspects = asyncio.Lock()
+        self._admission = Admission(self._places)
 
-    def _admit(self, samples: int) -> asyncio.Semaphore:
-        """Places for groups of so many completions."""
-        sequences = QUEUED_PER_SEQUENCE * self._spec.rollout.workers * self._spec.rollout.max_num_seqs
-        return self._admission.setdefault(samples, asyncio.Semaphore(max(1, sequences // samples)))
+    def _places(self) -> int:
+        """Completions that may be under way at once. Without a worker those of one: they wait where it comes back."""
+        return QUEUED_PER_SEQUENCE * max(1, self._rollouts.living()) * self._spec.rollout.max_num_seqs
 
     async def collect(
         self, prompt: Prompt, *, samples: int, temperature: float, max_new_tokens: int, stream: str = ""
@@ -86,10 +92,11 @@ class Collector:
         """Sample and grade `samples` completions of `prompt`. `stream` separates seeds of evaluations from training."""
         seeds = [sampling_seed(self._spec.seed, stream + prompt.id, i) for i in range(samples)]
         finished: dict[int, tuple[CompletionMeta, Ref]] = {}
-        strikes = lost_payloads = 0
+        losses = misses = lost_payloads = 0
         while True:
             try:
-                async with self._admit(samples), self._suspects if strikes else nullcontext():
+                suspected = misses > 0 or losses > 1
+                async with self._suspects if suspected else nullcontext(), self._admission.admitted(samples):
                     await self._generate(prompt, seeds, finished, temperature, max_new_tokens)
                 gradings = await self._verifiers.grade(
                     prompt.text, prompt.gold, [finished[i][1] for i in range(samples)]
@@ -98,14 +105,15 @@ class Collector:
             except NoWorker as error:  # its worker is being replaced: whoever waits for this group has a bound too
                 self._journal.ledger("waited", group=prompt.id, reason=str(error))
             except (WorkerLost, TimeoutError) as error:
-                strikes += 1
+                losses += isinstance(error, WorkerLost)
+                misses += not isinstance(error, WorkerLost)
                 reason = (
                     str(error) or f"nothing within rollout.group_deadline_s ({self._spec.rollout.group_deadline_s:g} s)"
                 )
                 self._journal.ledger("reissued", group=prompt.id, delivered=len(finished), reason=reason)
-                if strikes >= MAX_STRIKES:
+                if losses >= MAX_LOSSES or misses >= MAX_MISSES:
                     self._journal.event("condition", condition="Quarantined", group=prompt.id, reason=reason)
-                    return self._empty(prompt, strikes, DropReason.QUARANTINED)
+                    return self._empty(prompt, losses + misses, DropReason.QUARANTINED)
             except (ObjectLostError, RayTaskError) as error:
                 if isinstance(error, RayTaskError) and not isinstance(error.cause, ObjectLostError):
                     raise
@@ -124,7 +132,7 @@ class Collector:
                 GradedCompletion(meta=finished[i][0], payload=finished[i][1], grading=gradings[i])
                 for i in range(samples)
             ),
-            reissues=strikes,
+            reissues=losses + misses,
         )
 
     async def _generate(
@@ -155,10 +163,10 @@ class Collector:
             raise WorkerLost(f"group {prompt.id}: completions {short} were not delivered")
 
     @staticmethod
-    def _empty(prompt: Prompt, strikes: int, reason: DropReason) -> GradedGroup:
+    def _empty(prompt: Prompt, reissues: int, reason: DropReason) -> GradedGroup:
         return GradedGroup(
             prompt=prompt,
             completions=(),
-            reissues=strikes,
+            reissues=reissues,
             failed=reason,
         )

@@ -43,6 +43,10 @@ class Rollouts(Protocol):
 
     async def start(self) -> None: ...
 
+    def living(self) -> int:
+        """Workers that sample, or are just taking weights over."""
+        ...
+
     def generate(self, request: GroupRequest) -> AsyncIterator[tuple[CompletionMeta, Ref]]:
         """Completions as they finish. Raises WorkerLost when the worker dies; what came before stays good."""
         ...

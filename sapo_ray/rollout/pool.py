@@ -81,6 +81,10 @@ class RolloutPool:
         """All workers that exist, starting ones included."""
         return [worker.info() for worker in self._workers.values()]
 
+    def living(self) -> int:
+        """Workers that sample, or are just taking weights over."""
+        return len(self._ready())
+
     async def until_failed(self) -> TrainingFailed:
         """Return why the pool cannot go on (it failed, or was closed): for an owner that waits for something else."""
         while self._failure is None:
@@ -119,8 +123,7 @@ class RolloutPool:
             worker.in_flight -= len(request.samples)
             silent = clock() - worker.last_progress
             if silent > STUCK * self._spec.rollout.group_deadline_s:
-                stuck = DeadlineExceeded(f"{worker.id} finished nothing at all for {silent:.0f} s")
-                self._lose(worker, stuck)
+                self._lose(worker, DeadlineExceeded(f"{worker.id} finished nothing at all for {silent:.0f} s"))
             self._notify()
 
     async def update(self, published: Published) -> list[Takeover]:

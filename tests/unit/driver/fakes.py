@@ -87,16 +87,21 @@ class FakeRollouts:
     """Group id -> completions delivered before each death of its worker."""
     hang: set[str] = field(default_factory=set)
     learner: Any = None
+    workers: int = 1
     slowness: float = 0.003
     """Longest time of one completion, seconds."""
     under_way: int = 0
     most_under_way: int = 0
+    completions_under_way: int = 0
     overlap: int = 0
     """Completions finished while the learner was training."""
 
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
+
+    def living(self) -> int:
+        return self.workers
 
     def push_targets(self) -> list[Any]:
         return []
@@ -110,12 +115,14 @@ class FakeRollouts:
         assert self.version is not None, "generated before any weights were taken over"
         version = self.version
         self.under_way += 1
+        self.completions_under_way += len(request.samples)
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
             async for completion in self._sample(request, version):
                 yield completion
         finally:
             self.under_way -= 1
+            self.completions_under_way -= len(request.samples)
 
     async def _sample(self, request: Any, version: PolicyVersion) -> AsyncIterator[tuple[CompletionMeta, Any]]:
         deaths = self.die.get(request.group_id)

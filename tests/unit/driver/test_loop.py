@@ -54,8 +54,8 @@ async def test_a_dead_worker_costs_only_what_it_had_not_delivered(tmp_path: Path
     assert asked == [[0, 1, 2, 3], [2, 3]]
 
 
-async def test_a_prompt_that_kills_workers_twice_is_quarantined_and_replaced(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, job(), rollouts=FakeRollouts(die={"t:1:0": [0, 1]}))
+async def test_a_prompt_that_kills_three_workers_is_quarantined_and_replaced(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, job(), rollouts=FakeRollouts(die={"t:1:0": [0, 1, 0]}))
     await bench.attempt()
     assert groups_of(bench.learner.trained[0]) == ["t:0:0", "t:2:0", "t:3:0", "t:4:0"]
     dropped = bench.journal("dropped")
@@ -63,8 +63,8 @@ async def test_a_prompt_that_kills_workers_twice_is_quarantined_and_replaced(tmp
 
 
 async def test_neighbours_of_a_killer_are_repeated_alone_and_none_of_them_is_lost(tmp_path: Path) -> None:
-    """All four workers' groups die together, then only the killer dies again."""
-    die = {"t:0:0": [1], "t:1:0": [0, 0], "t:2:0": [2], "t:3:0": [0]}
+    """All four groups of a worker die together, twice; then only the killer dies again."""
+    die = {"t:0:0": [1, 0], "t:1:0": [0, 0, 0], "t:2:0": [2, 1], "t:3:0": [0, 0]}
     bench = Bench(tmp_path, job(), rollouts=FakeRollouts(die=die))
     await bench.attempt()
     assert [record["group"] for record in bench.journal("dropped")] == ["t:1:0"]
