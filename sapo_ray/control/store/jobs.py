@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from sapo_ray.api.jobs import LIVE, TERMINAL
@@ -145,7 +145,8 @@ def queue_position(s: Session, row: JobRow) -> int:
     ahead = select(func.count()).where(
         JobRow.tenant == row.tenant,
         JobRow.state == "queued",
-        tuple_(-JobRow.priority, JobRow.id) < (-row.priority, row.id),
+        JobRow.priority >= row.priority,  # said twice: this bounds what is read of the index
+        or_(JobRow.priority > row.priority, JobRow.id < row.id),
     )
     return (s.scalar(ahead) or 0) + 1
 
@@ -156,9 +157,10 @@ def queue_positions(s: Session, rows: Sequence[JobRow]) -> dict[str, int]:
     if not tenants:
         return {}
     place = func.row_number().over(partition_by=JobRow.tenant, order_by=(JobRow.priority.desc(), JobRow.id))
-    queued = select(JobRow.id, place).where(JobRow.tenant.in_(tenants), JobRow.state == "queued")
-    wanted = {row.id for row in rows}
-    return {id: position for id, position in s.execute(queued) if id in wanted}
+    queued = select(JobRow.id, place.label("place")).where(JobRow.tenant.in_(tenants), JobRow.state == "queued")
+    queue = queued.subquery()
+    shown = select(queue.c.id, queue.c.place).where(queue.c.id.in_([row.id for row in rows]))
+    return dict(s.execute(shown).tuples().all())
 
 
 def count_live(s: Session, tenant: str) -> int:

@@ -97,6 +97,7 @@ class JobRow(Base):
         Index(None, "tenant", "id"),
         Index(None, "tenant", "state", "id"),
         Index(None, "state", "priority", "created_at"),
+        Index(None, "tenant", "state", "priority", "id"),
     )
 
 
