@@ -1,6 +1,7 @@
 """Event streams: every stream reads what the store holds, and one look at the store serves them all.
 
-Watcher (one task)  -- every tick: newest event ids of all watched jobs; then the new events, once per job
+Watcher (one task)  -- every tick, and when this process has stored events of a watched job (`nudge`): newest event ids
+      |                 of all watched jobs; then the new events, once per job
       |                 (store gone: wait and look again, nothing is lost)
       v  told
 stream (one per connection)  -- events after its own position: from the tail the watcher read, else from the store
@@ -31,6 +32,8 @@ PAGE = 500
 TAIL = 1000
 """Events of a watched job kept for its streams; whoever is further behind reads the store."""
 LONGEST_RETRY_S = 5.0
+LEAST_PAUSE_S = 0.02
+"""Between two looks, however often the watcher is nudged: drivers that deliver in one moment share a look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,8 @@ class Watcher:
         self._jobs: dict[str, _Watched] = {}
         self._tenants: Counter[str] = Counter()
         self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._nudged = asyncio.Event()
 
     @property
     def open_streams(self) -> int:
@@ -118,6 +123,11 @@ class Watcher:
                 if not look and (watched.told is None or watched.told <= position):
                     await news.wait()
 
+    def nudge(self, job_id: str) -> None:
+        """Events of the job were stored just now: look at once if anybody watches it. From any thread."""
+        if job_id in self._jobs and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._nudged.set)
+
     async def close(self) -> None:
         """End the task; streams end with their connections."""
         if self._task is not None:
@@ -131,6 +141,7 @@ class Watcher:
         watched.streams += 1
         self._tenants[tenant] += 1
         if self._task is None or self._task.done():
+            self._loop, self._nudged = asyncio.get_running_loop(), asyncio.Event()
             self._task = asyncio.create_task(self._run(), name="event watcher")
         try:
             yield watched
@@ -144,6 +155,7 @@ class Watcher:
         """Look for news as long as anybody watches."""
         failures = 0
         while self._jobs:
+            self._nudged.clear()
             try:
                 await self._look()
                 failures = 0
@@ -154,7 +166,11 @@ class Watcher:
             except Exception:
                 failures += 1
                 log.exception("the event watcher failed; it goes on")
-            await asyncio.sleep(min(LONGEST_RETRY_S, self._interval_s * 2 ** min(failures, 10)))
+            pause = min(LONGEST_RETRY_S, self._interval_s * 2 ** min(failures, 10))
+            least = pause if failures else min(pause, LEAST_PAUSE_S)
+            await asyncio.sleep(least)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), pause - least)
 
     async def _look(self) -> None:
         positions = {job_id: watched.told for job_id, watched in self._jobs.items()}

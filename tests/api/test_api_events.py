@@ -275,3 +275,15 @@ def test_all_streams_cost_one_look_at_the_store(
         for stream in streams:
             assert stream.result(30).text.count("\nid: ") + stream.result(30).text.startswith("id: ") == 2
     until(lambda: client.app.state.control.watcher.open_streams == 0)  # type: ignore[attr-defined]
+
+
+def test_what_a_driver_delivers_is_on_the_streams_before_the_next_tick(connect: Connect, store: Store) -> None:
+    client = connect(watch_interval_s=600.0)
+    ours = submitted(client)
+    token = started(store, ours)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(client.get, f"/v1/jobs/{ours}/events", headers=STREAM)
+        until(lambda: client.app.state.control.watcher.open_streams == 1)  # type: ignore[attr-defined]
+        for first, state in ((1, "running"), (2, "succeeded")):
+            assert deliver(client, ours, token, first, {"kind": "transition", "state": state}).status_code == 200
+        assert '"state":"succeeded"' in stream.result(30).text

@@ -96,7 +96,9 @@ def _ingest(control: Control, driver: tuple[str, int], raw: bytes) -> Response:
         outcomes.labels(type(error).__name__.lower()).inc()
         raise
     outcomes.labels("stored" if delivery.events else "heartbeat").inc()
-    control.telemetry.link_events.inc(len(delivery.events))
+    if delivery.events:
+        control.telemetry.link_events.inc(len(delivery.events))
+        control.watcher.nudge(job_id)
     return respond(received)
 
 
