@@ -26,9 +26,12 @@ class Command:
     arguments: list[str]
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
     shm_before: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
+    reward_pause_s: float = 0.0
+    """Of `example_reward` for each grading, so that a step lasts long enough to be interrupted."""
 
     def start(self, log: Path) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "SAPO_TEST_TAG": self.tag, "HF_HUB_OFFLINE": "1"}
+        environment["EXAMPLE_REWARD_PAUSE_S"] = str(self.reward_pause_s)
         environment["PYTHONPATH"] = str(Path(__file__).parent)  # where a user's own reward lies
         environment.pop("RAY_ADDRESS", None)
         with log.open("wb") as output:

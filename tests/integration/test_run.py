@@ -61,7 +61,7 @@ def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_un
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
 
-    first = Command(arguments(run_dir))
+    first = Command(arguments(run_dir), reward_pause_s=0.5)
     process = first.start(log)
     wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, process, log)
     process.send_signal(signal.SIGINT)
@@ -69,7 +69,7 @@ def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_un
     assert first.leaves_nothing() == [], "after Ctrl-C"
     assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
 
-    second = Command(["resume", str(run_dir)])
+    second = Command(["resume", str(run_dir)], reward_pause_s=0.5)
     process = second.start(log)
     wait_for(lambda: any(row["step"] >= 3 for row in rows(run_dir / "metrics.jsonl")), process, log)
     process.kill()
