@@ -160,7 +160,7 @@ def queue_positions(s: Session, rows: Sequence[JobRow]) -> dict[str, int]:
     queued = select(JobRow.id, place.label("place")).where(JobRow.tenant.in_(tenants), JobRow.state == "queued")
     queue = queued.subquery()
     shown = select(queue.c.id, queue.c.place).where(queue.c.id.in_([row.id for row in rows]))
-    return dict(s.execute(shown).tuples().all())
+    return {row.id: row.place for row in s.execute(shown)}
 
 
 def count_live(s: Session, tenant: str) -> int:
