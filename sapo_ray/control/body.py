@@ -120,7 +120,7 @@ def digest(method: str, path: str, content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def idempotency_key(
+async def idempotency_key(
     key: Annotated[
         str | None,
         Header(
@@ -141,7 +141,7 @@ def etag(generation: int) -> str:
     return f'"g{generation}"'
 
 
-def if_match(
+async def if_match(
     tags: Annotated[
         str | None,
         Header(

@@ -44,7 +44,7 @@ class Answer:
     headers: dict[str, str]
 
 
-def _control(request: Request) -> Control:
+async def _control(request: Request) -> Control:  # async, as all that only looks: a `def` is sent to another thread
     control: Control = request.app.state.control
     return control
 

@@ -73,7 +73,7 @@ def several_tenants(session: Session) -> bool:
     return (count or 0) > 1
 
 
-def accept_header(accept: Annotated[str, Header(include_in_schema=False)] = "") -> str:
+async def accept_header(accept: Annotated[str, Header(include_in_schema=False)] = "") -> str:
     """Dependency: what the client would like to have."""
     return accept.lower()
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CursorResult, delete, select
+from sqlalchemy import CursorResult, delete, select, update
 from sqlalchemy.orm import Session
 
 from sapo_ray.control.store.errors import KeyInFlight, KeyReused
@@ -67,10 +67,11 @@ def claim(
 
 def finish(s: Session, tenant: str, key: str, status: int, response: Any) -> None:
     """Keep the answer for whoever asks again. `response` is JSON."""
-    row = _locked(s, tenant, key)
-    assert row is not None, f"idempotency key {key!r} was not claimed"
-    row.state, row.status, row.response = "done", status, response
-    s.flush()
+    claimed = update(IdempotencyRow).where(IdempotencyRow.tenant == tenant, IdempotencyRow.key == key)
+    done = claimed.values(state="done", status=status, response=response)
+    result = s.execute(done.execution_options(synchronize_session="evaluate"))
+    assert isinstance(result, CursorResult)
+    assert result.rowcount == 1, f"idempotency key {key!r} was not claimed"
 
 
 def abandon(s: Session, tenant: str, key: str) -> None:
