@@ -25,6 +25,8 @@ class Heard:
     """Listens to a run for its folder, so that whoever ends it is told the way on."""
 
     run_dir: Path | None = None
+    not_closed: str = ""
+    """The first part that could not be closed, and why; its processes may be left."""
 
     def listener(self, display: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
         """Hands all events on to `display`, if there is one."""
@@ -32,10 +34,18 @@ class Heard:
         def hear(event: dict[str, Any]) -> None:
             if event["kind"] == "transition" and event["state"] == "starting":
                 self.run_dir = Path(event["run_dir"])
+            if event["kind"] == "condition" and event["condition"] == "CloseFailed" and not self.not_closed:
+                self.not_closed = f"{event['part']} ({event['reason']})"
             if display is not None:
                 display(event)
 
         return hear
+
+    def what_is_left(self) -> str:
+        """Of the processes that were started."""
+        if self.not_closed:
+            return f"not everything it started was ended: {self.not_closed}; look for its processes, e.g. by `ps`"
+        return "everything it started was ended"
 
     def tell(self) -> None:
         """How to go on with the run that ended early, and where to look."""
@@ -65,7 +75,8 @@ def user_errors() -> Iterator[Heard]:
         raise typer.Exit(1) from error
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         ctrl_c = isinstance(error, KeyboardInterrupt) and not isinstance(error, _Terminated)
-        print(f"{'interrupted' if ctrl_c else 'terminated'}; everything it started was ended", file=sys.stderr)
+        how = "interrupted" if ctrl_c else "terminated"
+        print(f"{how}; {heard.what_is_left()}", file=sys.stderr)
         heard.tell()
         raise typer.Exit(130 if ctrl_c else 143) from error
     except (typer.Exit, typer.Abort):

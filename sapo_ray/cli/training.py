@@ -159,17 +159,20 @@ def evaluate(
     overrides = list(set_ or [])
     if model is not None:
         overrides += [f"model.path={model}", "model.warm_start_accuracy=null"]
-    with user_errors(), tempfile.TemporaryDirectory(prefix="sapo-eval-") as folder:
+    with user_errors() as heard, tempfile.TemporaryDirectory(prefix="sapo-eval-") as folder:
         spec = load_job(job, overrides)
         from sapo_ray.driver.evaluate_run import evaluate_model
 
         if as_json:
-            print(json.dumps(evaluate_model(spec, Path(folder)), indent=1))
+            print(json.dumps(evaluate_model(spec, Path(folder), heard.listener(None)), indent=1))
             return
         from sapo_ray.progress import ProgressDisplay, accuracy_rows, interval
 
         with ProgressDisplay(Console(stderr=True)) as display:
-            result = evaluate_model(spec, Path(folder), display)
+            result = evaluate_model(spec, Path(folder), heard.listener(display))
 
         for label, _, accuracy in accuracy_rows(None, result):
-            print(f"{label:<24} {interval(accuracy)}  ({accuracy['prompts']} prompts, {accuracy['errors']} errors)")
+            counts = f"{accuracy['prompts']} prompts, {accuracy['errors']} errors"
+            if own_doing := accuracy.get("unverifiable"):
+                counts += f", {own_doing} counted as wrong that could not be graded"
+            print(f"{label:<24} {interval(accuracy)}  ({counts})")

@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import psutil
 import ray
+from safetensors import safe_open
 
 from sapo_ray.actor_log import LOG_DIR
 from sapo_ray.config.spec import JobSpec
@@ -92,3 +94,12 @@ def _says_something(file: Path) -> bool:
     """Whether there is a line beside those by which Ray tells whose file it is."""
     with file.open("rb") as lines:
         return any(not line.startswith((b":job_id:", b":actor_name:", b":task_name:")) for line in lines)
+
+
+def published_bytes(folder: Path, dtype: str) -> int:
+    """Size of a model folder's weights in the dtype in which they are published."""
+    elements = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            elements += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return elements * {"float32": 4, "bfloat16": 2}[dtype]

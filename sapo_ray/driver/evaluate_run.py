@@ -10,12 +10,13 @@ from typing import Any
 import ray
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.cluster import ray_for
+from sapo_ray.driver.cluster import published_bytes, ray_for
 from sapo_ray.driver.collector import Collector
 from sapo_ray.driver.evaluation import Evaluation, evaluate
 from sapo_ray.driver.inputs import EvaluationInputs, prepare_evaluation
+from sapo_ray.driver.interrupts import Interrupts
 from sapo_ray.driver.journal import Journal, Listener
-from sapo_ray.driver.run import published_bytes
+from sapo_ray.driver.lifecycle import close_all, start_together
 from sapo_ray.driver.waits import bounded
 from sapo_ray.errors import ConfigError
 from sapo_ray.models.publish import publish_folder
@@ -44,13 +45,15 @@ def evaluate_model(spec: JobSpec, work_dir: Path, listener: Listener | None = No
             work_dir / "model",
             lambda step, loss, accuracy: journal.event("warm_start", step=step, loss=loss, accuracy=accuracy),
         )
-        evaluation = asyncio.run(_evaluate(spec, inputs, work_dir, journal))
+        with Interrupts().heard() as interrupts:
+            evaluation = asyncio.run(_evaluate(spec, inputs, journal, interrupts))
     finally:
         journal.close()
     return {"model": str(inputs.model_path), **evaluation.as_dict(), "seconds": round(time.monotonic() - began, 2)}
 
 
-async def _evaluate(spec: JobSpec, inputs: EvaluationInputs, work_dir: Path, journal: Journal) -> Evaluation:
+async def _evaluate(spec: JobSpec, inputs: EvaluationInputs, journal: Journal, interrupts: Interrupts) -> Evaluation:
+    interrupts.cancel_here()
     version = PolicyVersion(1, 0)
     total = len(inputs.evaluation)
 
@@ -60,8 +63,9 @@ async def _evaluate(spec: JobSpec, inputs: EvaluationInputs, work_dir: Path, jou
     journal.event("phase", phase="start")
     with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), None):
         rollouts, verifiers = RolloutPool(spec, str(inputs.model_path)), VerifierPool(spec.verifier)
+        interrupts.cancel_here()  # again: Ray takes SIGTERM for itself
         try:
-            await asyncio.gather(rollouts.start(), verifiers.start())  # each bounds its own start
+            await start_together(rollouts.start(), verifiers.start())
             async with bounded(
                 2 * spec.deadlines.publish_s, "publishing the model's weights", lambda: "; see deadlines.publish_s"
             ):
@@ -79,7 +83,8 @@ async def _evaluate(spec: JobSpec, inputs: EvaluationInputs, work_dir: Path, jou
                     on_group=on_group,
                 )
         finally:
-            await asyncio.gather(rollouts.close(), verifiers.close(), return_exceptions=True)
+            interrupts.ending()
+            await close_all(journal, rollouts=rollouts.close(), verifiers=verifiers.close())
 
 
 async def _publish(spec: JobSpec, inputs: EvaluationInputs, version: PolicyVersion) -> Published:

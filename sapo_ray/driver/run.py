@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import time
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
-from safetensors import safe_open
 
 from sapo_ray.algorithms.settings import advice, resolve
 from sapo_ray.config.architecture import find_architecture
@@ -25,19 +21,21 @@ from sapo_ray.config.estimate import estimate
 from sapo_ray.config.load import resume_job
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.checkpoint import Checkpoints
-from sapo_ray.driver.cluster import ray_for
+from sapo_ray.driver.cluster import published_bytes, ray_for
 from sapo_ray.driver.driver import Driver, Outcome, Parts
 from sapo_ray.driver.export import export
 from sapo_ray.driver.files import write_text
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
+from sapo_ray.driver.interrupts import Interrupts
 from sapo_ray.driver.journal import Journal, Listener
+from sapo_ray.driver.lifecycle import close_all, start_together
 from sapo_ray.driver.link import Link
 from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.result import machine, package_versions, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
-from sapo_ray.driver.tracking import open_trackers
+from sapo_ray.driver.tracking import trackers_of
 from sapo_ray.errors import CheckpointError, ConfigError, DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
@@ -77,19 +75,25 @@ def assigned(spec: JobSpec, run_dir: Path, changes: Sequence[str], by: Assigned)
     """One attempt under a control plane, by the process that holds the run. Goes on from the newest checkpoint."""
     spec = spec.model_copy(update={"run_dir": str(run_dir)})
     write_spec(run_dir, spec)
-    return _journalled(spec, run_dir, by.link.hear, changes, by)
+    with Interrupts().heard() as interrupts:
+        return _journalled(spec, run_dir, by.link.hear, changes, by, interrupts)
 
 
 def _attempt(spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Sequence[str] = ()) -> dict[str, Any]:
     """One attempt, by the only process that writes to the run."""
     spec = spec.model_copy(update={"run_dir": str(run_dir)})
-    with hold(run_dir):
+    with hold(run_dir), Interrupts().heard() as interrupts:
         write_spec(run_dir, spec)
-        return _journalled(spec, run_dir, listener, changes, None)
+        return _journalled(spec, run_dir, listener, changes, None, interrupts)
 
 
 def _journalled(
-    spec: JobSpec, run_dir: Path, listener: Listener | None, changes: Sequence[str], by: Assigned | None
+    spec: JobSpec,
+    run_dir: Path,
+    listener: Listener | None,
+    changes: Sequence[str],
+    by: Assigned | None,
+    interrupts: Interrupts,
 ) -> dict[str, Any]:
     """One attempt, in the journal from its first moment to its last."""
     attempt = next_attempt(run_dir) if by is None else by.attempt
@@ -115,13 +119,15 @@ def _journalled(
             workers = f"this attempt has {spec.rollout.workers} rollout workers"
             journal.event("condition", condition="ScaleDeferred", reason=workers, cleared=True)
         journal.sync_now()
-        outcome = _train_and_export(spec, run_dir, attempt, journal, StandingOrders() if by is None else by.orders)
+        orders = StandingOrders() if by is None else by.orders
+        outcome = _train_and_export(spec, run_dir, attempt, journal, orders, interrupts)
     except Ended as order:
         end(order.state, f"{order.state} while the job was starting; nothing was trained by this attempt")
     except Superseded as error:
         journal.fence(error)
         raise
     except (KeyboardInterrupt, asyncio.CancelledError):
+        interrupts.ending()
         end("interrupted", "interrupted by the user" if by is None else "the driver was told to end")
         raise
     except BaseException as error:
@@ -139,7 +145,9 @@ def _journalled(
     return result
 
 
-def _train_and_export(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, orders: StandingOrders) -> Outcome:
+def _train_and_export(
+    spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, orders: StandingOrders, interrupts: Interrupts
+) -> Outcome:
     """From the checks that need no engine to the exported model."""
     checkpoints = Checkpoints(
         run_dir / "checkpoints", keep=spec.checkpoint.keep, min_free_gb=spec.checkpoint.min_free_gb
@@ -157,8 +165,8 @@ def _train_and_export(spec: JobSpec, run_dir: Path, attempt: int, journal: Journ
 
     inputs = prepare_inputs(spec, run_dir / "model", on_warm_start)
     orders.check_start(has_checkpoint=checkpoint is not None)
-    with _trackers(spec, run_dir, _step_of(checkpoint), journal) as trackers:
-        run = _run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders)
+    with trackers_of(spec, run_dir, _step_of(checkpoint), journal) as trackers:
+        run = _run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders, interrupts)
         return asyncio.run(_unless_failed(run, orders))
 
 
@@ -166,21 +174,6 @@ async def _unless_failed(run: Coroutine[Any, Any, Outcome], orders: StandingOrde
     """Orders leave a run the time it takes; another attempt that takes it over leaves none."""
     async with orders.heeded(lambda _: None):
         return await run
-
-
-@contextmanager
-def _trackers(spec: JobSpec, run_dir: Path, resume_step: int, journal: Journal) -> Iterator[list[Tracker]]:
-    """Open around the loop, not in it: closing one may take a while, and nothing else is under way then."""
-
-    def warn(reason: str) -> None:
-        journal.event("condition", condition="TrackerTrouble", reason=reason)
-
-    trackers = open_trackers(spec, run_dir, resume_step, warn)
-    try:
-        yield trackers
-    finally:
-        for tracker in trackers:
-            tracker.close()
 
 
 async def _run(
@@ -193,8 +186,10 @@ async def _run(
     checkpoint: Path | None,
     trackers: list[Tracker],
     orders: StandingOrders,
+    interrupts: Interrupts,
 ) -> Outcome:
     """Start the pools, drive them, export; end everything whatever happens."""
+    interrupts.cancel_here()
     journal.event("phase", phase="start")
     began = time.monotonic()
     with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), run_dir / "logs"):
@@ -206,13 +201,10 @@ async def _run(
             learner=learner,
             payloads=RayPayloads(),
         )
-        main_task = asyncio.current_task()
-        assert main_task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)  # as Ctrl-C: end in order
+        interrupts.cancel_here()  # again: Ray takes SIGTERM for itself
         try:
             async with orders.heeded(orders.start_patience(has_checkpoint=checkpoint is not None)):
-                # Each bounds its own start and names what it waits for.
-                await asyncio.gather(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
+                await start_together(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
                 await parts.learner.set_canary(inputs.canary)
             started = time.monotonic() - began
             journal.event("transition", state="running", attempt_seconds=round(started, 1))
@@ -243,12 +235,13 @@ async def _run(
                 outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s
             )
         finally:
-            closed = await asyncio.gather(
-                parts.rollouts.close(), parts.verifiers.close(), parts.learner.close(), return_exceptions=True
+            interrupts.ending()
+            await close_all(
+                journal,
+                rollouts=parts.rollouts.close(),
+                verifiers=parts.verifiers.close(),
+                learner=parts.learner.close(),
             )
-            for error in closed:
-                if error is not None:
-                    journal.event("condition", condition="CloseFailed", reason=repr(error))
 
 
 async def _driven(driving: Coroutine[Any, Any, Outcome], failing: Coroutine[Any, Any, TrainingFailed]) -> Outcome:
@@ -273,15 +266,6 @@ async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> N
 
 def _worker_event(event: dict[str, Any], journal: Journal) -> None:
     journal.event("worker", **{("what" if key == "kind" else key): value for key, value in event.items()})
-
-
-def published_bytes(folder: Path, dtype: str) -> int:
-    """Size of a model folder's weights in the dtype in which they are published."""
-    elements = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            elements += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return elements * {"float32": 4, "bfloat16": 2}[dtype]
 
 
 def _finished_steps(run_dir: Path) -> int | None:

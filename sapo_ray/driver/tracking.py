@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -13,7 +14,7 @@ from sapo_ray.config.packages import check_packages
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.background import BackgroundTracker
 from sapo_ray.driver.files import write_text
-from sapo_ray.driver.journal import json_line
+from sapo_ray.driver.journal import Journal, json_line
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.services import MLflow, WandB
 from sapo_ray.errors import ResourceError
@@ -78,3 +79,21 @@ def open_trackers(spec: JobSpec, run_dir: Path, resume_step: int, warn: Callable
     if spec.logging.mlflow_uri is not None:
         trackers.append(BackgroundTracker("MLflow (logging.mlflow_uri)", lambda: MLflow(spec, run_dir), warn))
     return trackers
+
+
+@contextmanager
+def trackers_of(spec: JobSpec, run_dir: Path, resume_step: int, journal: Journal) -> Iterator[list[Tracker]]:
+    """Opened and closed around the loop, not in it: closing one may take a while, and nothing else is under way then.
+
+    Raises: as open_trackers.
+    """
+
+    def warn(reason: str) -> None:
+        journal.event("condition", condition="TrackerTrouble", reason=reason)
+
+    trackers = open_trackers(spec, run_dir, resume_step, warn)
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.close()
