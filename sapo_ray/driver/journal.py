@@ -61,8 +61,12 @@ class Journal:
         """Record something people or the control plane should hear of, and tell the listener."""
         with self._order:
             record = {"time": time.time(), "attempt": self.attempt, "seq": self.seq + 1, "kind": kind, **fields}
-            self._append(record)
-            self.seq += 1
+            self.seq += 1  # first: the link may ship the line, and be told of its number, before `_append` returns
+            try:
+                self._append(record)
+            except BaseException:
+                self.seq -= 1
+                raise
         if self._listener is not None:
             try:
                 self._listener(record)

@@ -6,11 +6,12 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sapo_ray.driver.journal import Journal, read_journal
-from sapo_ray.errors import CheckpointError, ResourceError
+from sapo_ray.errors import CheckpointError, ResourceError, Superseded
 
 
 def test_events_are_numbered_from_one_in_each_attempt_and_ledger_lines_are_not(tmp_path: Path) -> None:
@@ -118,3 +119,27 @@ def test_a_metric_that_is_not_finite_is_null_and_does_not_end_the_run(tmp_path: 
     journal.close()
     (record,) = read_journal(tmp_path / "journal.jsonl")
     assert record["metrics"] == {"loss": None, "norm": None, "reward": 0.5}
+
+
+def test_an_event_is_counted_before_anyone_can_read_its_line_and_not_if_there_is_none(tmp_path: Path) -> None:
+    """Who ships events takes a number above the count for another driver's."""
+    seen: list[tuple[int, int]] = []
+
+    class Watched(Journal):
+        def _append(self, record: dict[str, Any]) -> None:
+            super()._append(record)
+            self.sync_now()  # as the link's thread may, while this one is not running
+            seen.append((list(read_journal(self.path))[-1]["seq"], self.seq))
+
+    journal = Watched(tmp_path / "journal.jsonl", 1)
+    journal.event("phase")
+    journal.event("phase")
+    assert seen == [(1, 1), (2, 2)]
+    with pytest.raises(TypeError):
+        journal.event("phase", phase=object())
+    assert journal.seq == 2
+    journal.fence(Superseded("by another"))
+    with pytest.raises(Superseded):
+        journal.event("phase")
+    assert journal.seq == 2
+    journal.close()
