@@ -160,6 +160,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(table)
         if any(new["errors"] for _, _, new in accuracy_rows(before, after)):
             console.print("errors: completions without a verdict; they are in no accuracy")
+        if count := sum(new.get("unverifiable", 0) for new in (after["greedy"], after["sampled"]) if new):
+            console.print(f"{count} answers too slow, too long or too heavy to be graded were counted as wrong")
     times = Table(title="where the time went", title_justify="left")
     times.add_column("phase")
     times.add_column("seconds", justify="right")

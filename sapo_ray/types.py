@@ -153,7 +153,8 @@ class Grading:
     parts: dict[str, float] = field(default_factory=dict)
     """Named summands of the reward, e.g. {"answer": 1.0, "format": 0.5}."""
     reason: str = ""
-    """Machine-readable: `match`, `mismatch`, `no_answer`, `timeout`, `crash`, `gold_unparseable`, `too_long`, ..."""
+    """Machine-readable: `match`, `mismatch`, `no_answer`, `timeout`, `too_long`, `died` (the completion ended
+    the grading process), `crash` (a reward function raised), `gold_unparseable`, ..."""
     detail: str = ""
     """For people: the exception of a reward function, the exit status of a process; at most 500 characters."""
     seconds: float = 0.0

@@ -18,8 +18,9 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.collector import GradedCompletion, GradedGroup
 from sapo_ray.types import DropReason, PolicyVersion, TrainSample, Verdict
 
-UNVERIFIABLE = ("timeout", "too_long", "crash")
-"""Reasons that count as errors even where `verifier.unverifiable: wrong` gave them a reward."""
+UNVERIFIABLE = ("timeout", "too_long", "died")
+"""Reasons that are the completion's own doing: errors in the metrics even where `verifier.unverifiable: wrong` gave
+them a reward, and wrong answers in an evaluation. A reward function that raises (`crash`) is not among them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.batch import UNVERIFIABLE
-from sapo_ray.driver.collector import Collector, GradedGroup
+from sapo_ray.driver.collector import Collector, GradedCompletion, GradedGroup
 from sapo_ray.types import Prompt, Verdict
 
 Z95 = 1.959964
@@ -27,6 +27,9 @@ class Accuracy:
     completions: int
     errors: int
     """Completions without a verdict; they are in no other number here."""
+    unverifiable: int = 0
+    """Completions counted as wrong because they could not be graded by their own doing: too slow, too long, or they
+    ended the grading process."""
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -47,12 +50,13 @@ class Evaluation:
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """`evaluation/greedy`, `_low`, `_high`, the same for sampled, and the means of each source."""
+        """`evaluation/greedy`, `_low`, `_high`, the same for sampled, `unverifiable`, and the means of each source."""
         named = {"greedy": self.greedy} | ({} if self.sampled is None else {"sampled": self.sampled})
         values: dict[str, float] = {}
         for kind, one in named.items():
             values |= {f"evaluation/{kind}": one.mean}
             values |= {f"evaluation/{kind}_low": one.low, f"evaluation/{kind}_high": one.high}
+        values["evaluation/unverifiable"] = float(sum(one.unverifiable for one in named.values()))
         for source, kinds in self.by_source.items():
             values |= {f"evaluation/{source}/{kind}": one.mean for kind, one in kinds.items()}
         return values
@@ -68,7 +72,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def accuracy(verdicts: list[list[Verdict]]) -> Accuracy:
+def accuracy(verdicts: list[list[Verdict]], unverifiable: int = 0) -> Accuracy:
     """Accuracy over prompts, each with the verdicts of its completions.
 
     One completion per prompt: Wilson's interval. Several: completions of one prompt are not independent, so the
@@ -87,7 +91,9 @@ def accuracy(verdicts: list[list[Verdict]]) -> Accuracy:
     else:
         half = Z95 * sqrt(variance / n)
         low, high = max(0.0, mean - half), min(1.0, mean + half)
-    return Accuracy(mean=mean, low=low, high=high, prompts=n, completions=completions, errors=errors)
+    return Accuracy(
+        mean=mean, low=low, high=high, prompts=n, completions=completions, errors=errors, unverifiable=unverifiable
+    )
 
 
 async def evaluate(
@@ -124,10 +130,10 @@ async def evaluate(
             return group
 
         groups = await asyncio.gather(*(one(prompt) for prompt in prompts))
-        verdicts: dict[str, list[list[Verdict]]] = {}
+        sources: dict[str, list[GradedGroup]] = {}
         for group in groups:
-            verdicts.setdefault(group.prompt.source, []).append(_verdicts(group, samples))
-        return accuracy([v for rows in verdicts.values() for v in rows]), {k: accuracy(v) for k, v in verdicts.items()}
+            sources.setdefault(group.prompt.source, []).append(group)
+        return _accuracy_of(groups, samples), {name: _accuracy_of(own, samples) for name, own in sources.items()}
 
     overall, sources = {}, {}
     overall["greedy"], sources["greedy"] = await measure("greedy", 1, 0.0)
@@ -158,11 +164,19 @@ def read_evaluation(values: dict[str, Any]) -> Evaluation:
     )
 
 
+def _accuracy_of(groups: list[GradedGroup], samples: int) -> Accuracy:
+    unverifiable = sum(_unverifiable(completion) for group in groups for completion in group.completions)
+    return accuracy([_verdicts(group, samples) for group in groups], unverifiable)
+
+
+def _unverifiable(completion: GradedCompletion) -> bool:
+    """An answer that cannot be graded by its own doing was not a right one: leaving it out would flatter."""
+    return completion.grading.reason in UNVERIFIABLE
+
+
 def _verdicts(group: GradedGroup, samples: int) -> list[Verdict]:
     if group.failed is not None:
         return [Verdict.ERROR] * samples
-    # An answer that cannot be graded for a reason of its own was not a right one: leaving it out would flatter.
     return [
-        Verdict.WRONG if completion.grading.reason in UNVERIFIABLE else completion.grading.verdict
-        for completion in group.completions
+        Verdict.WRONG if _unverifiable(completion) else completion.grading.verdict for completion in group.completions
     ]

@@ -6,7 +6,8 @@ Reasons of a verdict
     correct   match
     wrong     mismatch, no_answer (none found), unparseable (the answer, not the reference)
     error     gold_unparseable, too_long (the answer exceeds the cap), and of a reward function: crash (it raised),
-              reward_type, reward_not_finite, reward_part_taken; from outside: timeout, crash, verifier_unavailable
+              reward_type, reward_not_finite, reward_part_taken; from outside: timeout, died (the process
+              ended over it, out of memory mostly), verifier_unavailable
     either    reward (the reward function's own word)
 """
 

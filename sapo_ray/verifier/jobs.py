@@ -15,8 +15,8 @@ WINDOW = 16
 """Most items that one process is sent ahead."""
 POISON_GOLDS = 1024
 """Most references remembered because they ended processes; a group shares one."""
-THE_COMPLETION = frozenset(["timeout", "too_long"])
-"""Reasons in an answer of the child that `verifier.unverifiable` applies to. A reward function's exception, and what it
+THE_COMPLETION = frozenset(["timeout", "too_long", "died"])
+"""Reasons that `verifier.unverifiable` applies to. A reward function's exception, and what it
 returned instead of a number, are its own fault: a defect there must never become reward 0 for everybody."""
 
 
@@ -114,14 +114,13 @@ class JobQueue:
         if self._pending:
             self.not_empty.set()
 
-    def settle(self, job: Job, result: Grading | bool, *, process_died: bool = False) -> None:
-        """The job has its result. `process_died`: its process ended over it, which is the completion's doing too."""
+    def settle(self, job: Job, result: Grading | bool) -> None:
+        """The job has its result."""
         if isinstance(result, Grading):
             self.stats.graded += 1
             if result.verdict is Verdict.ERROR:
                 self.stats.errors[result.reason] += 1
-                its_own = result.reason in THE_COMPLETION or (process_died and result.reason == "crash")
-                if self._spec.unverifiable == "wrong" and its_own:
+                if self._spec.unverifiable == "wrong" and result.reason in THE_COMPLETION:
                     result = replace(result, verdict=Verdict.WRONG, reward=0.0)
         if not job.future.done():
             job.future.set_result(result)
@@ -136,7 +135,7 @@ class JobQueue:
             if len(self._poison_golds) < POISON_GOLDS:
                 self._poison_golds.add(job.item.gold)
         grading = Grading(verdict=Verdict.ERROR, reward=None, reason=reason, detail=detail[:500], seconds=seconds)
-        self.settle(job, grading, process_died=reason == "crash")
+        self.settle(job, grading)
 
     def give_up_all(self, reason: str, detail: str) -> None:
         while self._pending:

@@ -115,7 +115,7 @@ class Slot:
             answer = None if frame is None or "phase" in frame else _answer(frame, self._sent[0])
         except ProcessDied as death:
             self._queue.stats.died += 1
-            self._first_failed("crash", f"the grading process ended: {death}", now() - self._started)
+            self._first_failed("died", f"the grading process ended: {death}", now() - self._started)
             return
         if frame is None:
             self._queue.stats.killed += 1

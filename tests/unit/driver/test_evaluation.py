@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import FakeRollouts, FakeVerifiers, job
 
 from sapo_ray.driver.collector import Collector
-from sapo_ray.driver.evaluation import accuracy, evaluate, wilson
+from sapo_ray.driver.evaluation import accuracy, evaluate, read_evaluation, wilson
 from sapo_ray.driver.journal import Journal
-from sapo_ray.types import PolicyVersion, Prompt, Verdict
+from sapo_ray.types import Grading, PolicyVersion, Prompt, Verdict
 
 C, W, E = Verdict.CORRECT, Verdict.WRONG, Verdict.ERROR
 
@@ -50,3 +51,42 @@ async def test_each_prompt_that_is_done_is_told(tmp_path: Path) -> None:
     journal.close()
     assert told == [(kind, n) for kind in ("greedy", "sampled") for n in (1, 2, 3)]
     assert (found.greedy.prompts, found.sampled and found.sampled.prompts) == (3, 3)
+
+
+class Failing(FakeVerifiers):
+    """Every grading ends with the same reason and no verdict."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    async def grade(self, prompt: str, gold: str, payloads: list[Any]) -> list[Grading]:
+        return [Grading(verdict=Verdict.ERROR, reward=None, reason=self.reason) for _ in payloads]
+
+
+@pytest.mark.parametrize(
+    ("reason", "completions", "errors", "unverifiable"),
+    [
+        ("crash", 0, 4, 0),  # the reward function raised: says nothing about the answer
+        ("reward_type", 0, 4, 0),
+        ("gold_unparseable", 0, 4, 0),
+        ("died", 4, 0, 4),  # the completion ended the grading process
+        ("timeout", 4, 0, 4),
+        ("too_long", 4, 0, 4),
+    ],
+)
+async def test_only_what_is_the_completions_own_doing_counts_as_wrong_and_is_counted(
+    tmp_path: Path, reason: str, completions: int, errors: int, unverifiable: int
+) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", 1)
+    collector = Collector(job(), FakeRollouts(version=PolicyVersion(1, 0)), Failing(reason), journal)
+    prompts = [Prompt(id=f"e:{i}:0", index=i, source="e", text="", token_ids=(1,), gold="0") for i in range(4)]
+    found = await evaluate(collector, prompts, job(), step=0, version="1.0", sampled=False)
+    journal.close()
+    assert (found.greedy.completions, found.greedy.errors, found.greedy.unverifiable) == (
+        completions,
+        errors,
+        unverifiable,
+    )
+    assert found.greedy.mean == 0.0
+    assert read_evaluation(found.as_dict()) == found

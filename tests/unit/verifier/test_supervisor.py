@@ -99,7 +99,7 @@ async def test_a_hostile_reward_function_spoils_only_itself(misbehaving: str) ->
         seconds = time.monotonic() - started
     fine = [("wrong", "reward"), ("correct", "reward"), ("correct", "reward")]
     expected = [("correct", "reward")]
-    for reason in ("crash", "crash", "crash", "timeout", "timeout"):
+    for reason in ("died", "died", "died", "timeout", "timeout"):
         expected += [("error", reason), *fine]
     assert verdicts(gradings) == expected
     details = [grading.detail for grading in gradings if grading.verdict is Verdict.ERROR]
@@ -139,7 +139,7 @@ async def test_unverifiable_wrong_punishes_the_completion_but_never_for_a_defect
         gradings = await processes.grade_many(said("exit", "sleep", "raise x", "nan", "text", "5"))
         stats = processes.stats()
     assert verdicts(gradings) == [
-        ("wrong", "crash"),
+        ("wrong", "died"),
         ("wrong", "timeout"),
         ("error", "crash"),
         ("error", "reward_not_finite"),
@@ -147,7 +147,7 @@ async def test_unverifiable_wrong_punishes_the_completion_but_never_for_a_defect
         ("correct", "reward"),
     ]
     assert [grading.reward for grading in gradings] == [0.0, 0.0, None, None, None, 1.0]
-    assert stats.errors == {"crash": 2, "timeout": 1, "reward_not_finite": 1, "reward_type": 1}
+    assert stats.errors == {"died": 1, "crash": 1, "timeout": 1, "reward_not_finite": 1, "reward_type": 1}
 
 
 async def test_unverifiable_wrong_never_blames_a_completion_for_its_reference() -> None:
@@ -208,7 +208,7 @@ async def test_a_reward_function_that_forks_does_not_shift_the_answers(misbehavi
 async def test_a_reward_function_that_writes_into_the_pipes_spoils_only_itself(misbehaving: str) -> None:
     async with supervised(reward=misbehaving) as processes:
         gradings = await processes.grade_many(said("5", "scribble", "4", "5"))
-    assert verdicts(gradings) == [("correct", "reward"), ("error", "crash"), ("wrong", "reward"), ("correct", "reward")]
+    assert verdicts(gradings) == [("correct", "reward"), ("error", "died"), ("wrong", "reward"), ("correct", "reward")]
 
 
 async def test_what_a_reward_function_started_dies_with_its_process(misbehaving: str) -> None:
