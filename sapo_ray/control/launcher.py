@@ -29,16 +29,23 @@ MESSAGE_CHARS = 1500
 """A job's reason holds 2000."""
 
 LaunchState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED", "UNKNOWN"]
+UNREACHABLE = "the cluster cannot be reached"
+"""All that a tenant is told of LauncherUnavailable."""
+REFUSED = "the cluster refused to start the driver; the service's log says why"
+"""All that a tenant is told of LaunchRefused."""
 OVER: frozenset[LaunchState] = frozenset({"STOPPED", "SUCCEEDED", "FAILED", "UNKNOWN"})
 """No process of this submission runs: it ended, or the cluster has never heard of it."""
 
 
 class LauncherUnavailable(SapoRayError):
-    """Ray's Jobs API cannot be reached, or does not answer as it should; whatever was asked may or may not be done."""
+    """Ray's Jobs API cannot be reached, or does not answer as it should; whatever was asked may or may not be done.
+
+    The message is for the log: it names the operator's address (without its password). Tenants get UNREACHABLE.
+    """
 
 
 class LaunchRefused(SapoRayError):
-    """Ray answered that it will not run this; asking again would change nothing."""
+    """Ray answered that it will not run this; asking again would change nothing. For the log; tenants get REFUSED."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,12 +178,12 @@ class RayJobs:
             answer = self._http.request(method, path, json=json)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise LauncherUnavailable(
-                f"Ray's Jobs API at {self._http.base_url} cannot be reached ({type(error).__name__}: {error}); "
+                f"Ray's Jobs API at {_shown(self._http.base_url)} cannot be reached ({type(error).__name__}: {error}); "
                 "is the cluster up, and SAPO_RAY_JOBS_URL its dashboard?"
             ) from error
         if not answer.is_success and answer.status_code not in accept:
             raise LauncherUnavailable(
-                f"{method} {answer.request.url} answered {answer.status_code}: {_last_line(answer.text)}"
+                f"{method} {_shown(answer.request.url)} answered {answer.status_code}: {_last_line(answer.text)}"
             )
         return answer
 
@@ -186,7 +193,7 @@ def _is_absent(answer: httpx.Response) -> bool:
     if answer.status_code != 404:
         return False
     if "does not exist" not in answer.text:  # not Ray's dashboard, or one whose job module has died
-        raise LauncherUnavailable(f"{answer.request.url} answered 404: {_last_line(answer.text)}")
+        raise LauncherUnavailable(f"{_shown(answer.request.url)} answered 404: {_last_line(answer.text)}")
     return True
 
 
@@ -210,7 +217,12 @@ def _parse(answer: httpx.Response, shape: type[_Shape]) -> _Shape:
     try:
         return shape.model_validate_json(answer.content)
     except ValidationError as error:
-        raise LauncherUnavailable(f"{answer.request.url} answered what is not Ray's: {error}") from error
+        raise LauncherUnavailable(f"{_shown(answer.request.url)} answered what is not Ray's: {error}") from error
+
+
+def _shown(url: httpx.URL) -> str:
+    """An address as it may be logged: without user and password."""
+    return str(url.copy_with(username=None, password=None))
 
 
 def _tail(text: str) -> str:

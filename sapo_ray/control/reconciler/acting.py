@@ -14,7 +14,7 @@ from typing import assert_never
 import structlog
 from sqlalchemy.orm import Session
 
-from sapo_ray.control.launcher import Launcher, LaunchRefused, LaunchRequest
+from sapo_ray.control.launcher import REFUSED, Launcher, LaunchRefused, LaunchRequest
 from sapo_ray.control.reconciler import queries, remains
 from sapo_ray.control.reconciler.actions import (
     Action,
@@ -121,9 +121,10 @@ class Acting:
         try:
             self._launcher.submit(request)
         except LaunchRefused as error:
+            log.warning("launch_refused", job_id=job.id, attempt=attempt.number, reason=str(error))
             with self._unchanged(seen, lease) as (s, row):
-                attempts.end_attempt(s, self._locked_attempt(s, seen), str(error))
-                _move(s, row, "failed", str(error))
+                attempts.end_attempt(s, self._locked_attempt(s, seen), REFUSED)
+                _move(s, row, "failed", REFUSED)
             return
         self._note_launched(seen, lease)
         self._hooks.launched(job.tenant)

@@ -11,6 +11,11 @@ RUN_DIR_UNAVAILABLE = "RunDirUnavailable"
 OURS = frozenset({LAUNCHER_UNAVAILABLE, RUN_DIR_UNAVAILABLE})
 
 
+def unusable(error: OSError) -> str:
+    """What a tenant is told of a run directory that cannot be used: the kind of failure, not the operator's paths."""
+    return f"the job's run directory cannot be used ({error.strerror or type(error).__name__})"
+
+
 def raise_condition(s: Session, row: JobRow, kind: str, reason: str, now: float) -> None:
     """Say that something is the case; nothing if that was said before. `row` is locked."""
     if is_raised(row, kind):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy.orm import Session
 
-from sapo_ray.control.launcher import Launcher, LauncherUnavailable, LaunchStatus
+from sapo_ray.control.launcher import UNREACHABLE, Launcher, LauncherUnavailable, LaunchStatus
 from sapo_ray.control.reconciler import conditions, queries, remains
 from sapo_ray.control.reconciler.acting import Acting, Changed
 from sapo_ray.control.reconciler.actions import Stop, Wait
@@ -89,7 +89,7 @@ class Reconciler:
                 for admitted in self._admission.admit(tenant):
                     self._leases[admitted.job.id] = admitted.lease
         else:
-            self._admission.hold(f"the cluster cannot be reached: {self._unreachable}")
+            self._admission.hold(UNREACHABLE)
         with self._store.read() as s:
             found = queries.jobs_to_look_at(s, self.holder, self._clock())
         for job_id in found:
@@ -133,11 +133,13 @@ class Reconciler:
                 self._leases.pop(job_id, None)
                 return
             except LauncherUnavailable as error:
+                if self._unreachable is None:
+                    log.warning("launcher_unavailable", job_id=job_id, reason=str(error))
                 self._unreachable = str(error)
-                self._condition(job_id, lease, conditions.LAUNCHER_UNAVAILABLE, str(error))
+                self._condition(job_id, lease, conditions.LAUNCHER_UNAVAILABLE, UNREACHABLE)
                 raise
             except OSError as error:
-                self._condition(job_id, lease, conditions.RUN_DIR_UNAVAILABLE, str(error))
+                self._condition(job_id, lease, conditions.RUN_DIR_UNAVAILABLE, conditions.unusable(error))
                 raise
             if isinstance(action, Wait | Stop):
                 break

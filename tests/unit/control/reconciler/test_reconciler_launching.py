@@ -138,12 +138,16 @@ def test_a_damaged_token_is_replaced_before_the_launch(world: World) -> None:
     assert world.job(id).state == "running"
 
 
-def test_a_launch_that_the_cluster_refuses_fails_the_job_with_its_words(world: World) -> None:
-    world.cluster.refuses = "Ray refused to start it: entrypoint too long"
+def test_a_launch_that_the_cluster_refuses_fails_the_job_in_words_of_our_own(world: World) -> None:
+    world.cluster.refuses = "Ray at http://operator:hunter2@ray.internal refused it"
     id = world.submit()
     world.tick()
-    assert (world.job(id).state, world.job(id).reason) == ("failed", "Ray refused to start it: entrypoint too long")
+    assert (world.job(id).state, world.job(id).reason) == (
+        "failed",
+        "the cluster refused to start the driver; the service's log says why",
+    )
     assert world.attempt(id).state == "ended"
+    assert "hunter2" not in repr([event.data for event in world.events(id)])
 
 
 def test_a_run_directory_that_cannot_be_written_is_a_condition_until_it_can(world: World) -> None:
@@ -152,6 +156,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_condition_until_it_can(worl
     world.tick(2)
     [condition] = world.job(id).conditions
     assert condition["type"] == "RunDirUnavailable"
+    assert str(world.runs) not in condition["reason"], "the operator's paths are not the tenant's business"
     assert world.job(id).state == "starting"
     assert not world.cluster.of_job(id)
     world.runs.unlink()

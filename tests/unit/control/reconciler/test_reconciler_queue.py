@@ -70,7 +70,7 @@ def test_nobody_leaves_the_queue_while_the_cluster_is_away(world: World) -> None
     world.cluster.available = False
     world.tick()
     assert world.job(id).state == "queued"
-    assert world.job(id).reason == "the cluster cannot be reached: no cluster"
+    assert world.job(id).reason == "the cluster cannot be reached"
     world.cluster.available = True
     world.tick()
     assert world.job(id).state == "starting"

@@ -142,9 +142,11 @@ def test_a_job_is_left_alone_while_the_cluster_cannot_be_reached(world: World) -
     world.quiet_for(200.0)
     job = world.job(id)
     assert job.state == "running"
-    assert [(one["type"], one["reason"]) for one in job.conditions] == [("LauncherUnavailable", "no cluster")]
+    assert [(one["type"], one["reason"]) for one in job.conditions] == [
+        ("LauncherUnavailable", "the cluster cannot be reached")
+    ]
     assert [event.data for event in world.events(id) if event.kind == "condition"] == [
-        {"condition": "LauncherUnavailable", "reason": "no cluster"}
+        {"condition": "LauncherUnavailable", "reason": "the cluster cannot be reached"}
     ]
     world.cluster.available = True
     world.report(id)
