@@ -18,7 +18,7 @@ from sapo_ray.config.job_file import read_job
 from sapo_ray.config.keys import dotted
 from sapo_ray.config.overrides import apply_overrides, parse_overrides
 from sapo_ray.config.packages import check_packages
-from sapo_ray.config.problems import describe
+from sapo_ray.config.problems import MOST_PROBLEMS, describe
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
 
@@ -50,7 +50,8 @@ def resolve(job: Mapping[str, Any], overrides: Sequence[str] = (), *, source: st
         problems += describe(error, ignore_missing=name is not None and not known)
     if not problems:
         return spec
-    heading = f"{source}: " if len(problems) == 1 else f"{source} has {len(problems)} problems:\n  - "
+    count = len(problems) if len(problems) <= MOST_PROBLEMS else f"more than {MOST_PROBLEMS}"
+    heading = f"{source}: " if len(problems) == 1 else f"{source} has {count} problems:\n  - "
     raise ConfigError(heading + "\n  - ".join(problems))
 
 

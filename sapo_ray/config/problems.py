@@ -10,6 +10,11 @@ from pydantic_core import ErrorDetails
 
 from sapo_ray.config.keys import Key, Location, all_keys, dotted, key_at, names_at
 
+MOST_PROBLEMS = 50
+"""That one message lists; it says how many more there are."""
+MOST_SUGGESTIONS = 20
+"""What was meant is looked for so many times: each look compares a name with all that there are."""
+
 # What other trainers call it -> the key here.
 FAMILIAR = {
     "learning_rate": "learner.lr",
@@ -116,11 +121,16 @@ _WRONG_TYPE = {
 
 
 def describe(error: ValidationError, *, ignore_missing: bool = False) -> list[str]:
-    """One message per problem, in the order of the job; missing keys are left out where the preset is unknown."""
+    """One message per problem, in the order of the job; missing keys are left out where the preset is unknown.
+
+    The first MOST_PROBLEMS, and how many more there are.
+    """
+    found = [one for one in error.errors(include_url=False) if not (ignore_missing and one["type"] == "missing")]
     lines: list[str] = []
-    for problem in error.errors(include_url=False):
-        if not (ignore_missing and problem["type"] == "missing"):
-            lines += _describe(problem)
+    for number, problem in enumerate(found[:MOST_PROBLEMS]):
+        lines += _describe(problem, suggest=number < MOST_SUGGESTIONS)
+    if len(found) > MOST_PROBLEMS:
+        lines.append(f"{len(found) - MOST_PROBLEMS} more problems are not listed; correct these first")
     return lines
 
 
@@ -154,13 +164,13 @@ def _anywhere(name: str) -> str | None:
     return by_leaf[near[0]] if near else None
 
 
-def _describe(problem: ErrorDetails) -> list[str]:
+def _describe(problem: ErrorDetails, *, suggest: bool) -> list[str]:
     location, kind, value = problem["loc"], problem["type"], problem["input"]
     context: dict[str, Any] = problem.get("ctx") or {}
     key = key_at(location)
     name = dotted(location)
     if kind == "extra_forbidden":
-        return [unknown_key(location)]
+        return [unknown_key(location) if suggest else f"{name} is not a key"]
     if kind == "missing":
         return [_missing(location, key)]
     if kind == "value_error":  # our own validators, which name their keys
@@ -171,7 +181,9 @@ def _describe(problem: ErrorDetails) -> list[str]:
         bound = f"{_COMPARED[kind]} {context[_LIMIT[kind]]:g}"
         return [f"{name} must be {bound}, got {_shown(value)}; {_remedy(key)}"]
     if kind == "literal_error" and key is not None:
-        return [f"{name} must be {key.kind}, got {_shown(value)}{_nearest(value, key)}; {_remedy(key)}"]
+        return [
+            f"{name} must be {key.kind}, got {_shown(value)}{_nearest(value, key) if suggest else ''}; {_remedy(key)}"
+        ]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return [_not_a_section(location, value)]
     if kind in ("list_type", "too_short") and key is None:
@@ -219,7 +231,7 @@ def _remedy(key: Key | None) -> str:
 
 
 def _nearest(value: Any, key: Key) -> str:
-    near = difflib.get_close_matches(str(value), key.choices, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(value)[:100], key.choices, n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -16,6 +18,8 @@ from sapo_ray.control.problems import Refused, wrong_shape
 
 LARGEST = 2**53
 """Whole numbers beyond this are not the same in every JSON reader."""
+DEEPEST = 64
+"""Lists and mappings within each other. Whoever walks through stored JSON by recursion can rely on it."""
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -49,7 +53,8 @@ def _as_model(raw: bytes, model: type[M]) -> M:
 
 
 def parse(raw: bytes) -> Any:
-    """JSON by the letter: UTF-8, no key twice, no NaN, no text that cannot be stored, no number that gets lost.
+    """JSON by the letter: UTF-8, no key twice, no NaN, no text that cannot be stored, no number that gets lost,
+    no deeper than DEEPEST.
 
     Raises Refused (400).
     """
@@ -69,11 +74,59 @@ def parse(raw: bytes) -> Any:
 
 
 def parse_leniently(raw: bytes) -> Any:
-    """JSON of a driver: whatever it holds is stored as well as it can be, so that one odd value stops nothing."""
+    """JSON of a driver: whatever it holds is stored as well as it can be, so that one odd value stops nothing.
+
+    What is nested too deep, or a whole number of thousands of digits, is shortened: a refused delivery would come again
+    for ever, and nothing after it.
+    """
+    text = raw.decode("utf-8", "replace")
     try:
-        return json.loads(raw.decode("utf-8", "replace"))
+        try:
+            value = json.loads(text)
+            if _depth(value) <= DEEPEST:
+                return value
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError):  # Python's own bounds on digits and on nesting
+            pass
+        return json.loads(_cut(text), parse_int=_short_int)
     except (ValueError, RecursionError) as error:
         raise _malformed(f"the body cannot be read as JSON: {str(error)[:200]}", None) from None
+
+
+_MARKS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+
+
+def _cut(text: str) -> str:
+    """JSON text with a note in place of each list or mapping that lies too deep."""
+    kept: list[str] = []
+    depth = begin = 0
+    for mark in _MARKS.finditer(text):
+        if mark[0] in "[{":
+            depth += 1
+            if depth == DEEPEST + 1:
+                kept += [text[begin : mark.start()], '"(nested too deep)"']
+        elif mark[0] in "]}":
+            if depth == DEEPEST + 1:
+                begin = mark.end()
+            depth -= 1
+    return "".join([*kept, text[begin:]])
+
+
+def _short_int(digits: str) -> int | str:
+    return int(digits) if len(digits) <= 300 else f"{digits[:40]}... ({len(digits)} digits)"
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and mappings lie within each other; 0 for a plain value. Looks no further than too deep."""
+    level, depth = [value], 0
+    while depth <= DEEPEST:
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            break
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,6 +144,8 @@ def _no_constant(name: str) -> NoReturn:
 
 def _storable(value: Any) -> None:
     """Refuse what a database cannot keep as it is. Iterative: the nesting is the sender's choice."""
+    if _depth(value) > DEEPEST:
+        raise _malformed(f"the body is nested deeper than {DEEPEST} levels", "send fewer levels")
     waiting = [value]
     while waiting:
         one = waiting.pop()
@@ -108,6 +163,8 @@ def _storable(value: Any) -> None:
             waiting += one
         elif isinstance(one, int) and abs(one) > LARGEST:
             raise _malformed("a whole number in the body is beyond 2^53", "write a smaller one")
+        elif isinstance(one, float) and not math.isfinite(one):
+            raise _malformed("a number in the body is beyond 1.8e308", "write a smaller one")
 
 
 def _malformed(detail: str, hint: str | None) -> Refused:

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from sapo_ray.api.problems import MEDIA_TYPE, FieldProblem, Problem
+from sapo_ray.config.problems import MOST_PROBLEMS, MOST_SUGGESTIONS
 from sapo_ray.control.launcher import LauncherUnavailable
 from sapo_ray.control.store import (
     BadBatch,
@@ -108,7 +109,9 @@ def invalid(detail: str, param: str | None = None, *, code: str = "invalid_reque
 def several(problems: Sequence[FieldProblem], *, code: str, status: int, what: str) -> Refused:
     """One answer for all problems that were found; `what` opens the sentence where there are several."""
     first = problems[0]
-    detail = first.detail if len(problems) == 1 else f"{what} has {len(problems)} problems; `errors` lists them"
+    many = len(problems) > MOST_PROBLEMS
+    count, listed = (f"more than {MOST_PROBLEMS}", "the first") if many else (len(problems), "them")
+    detail = first.detail if len(problems) == 1 else f"{what} has {count} problems; `errors` lists {listed}"
     return Refused(status, code, detail, param=first.param, errors=problems)
 
 
@@ -246,16 +249,21 @@ async def _validation(request: Request, error: Exception) -> Response:
 
 def wrong_shape(problems: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> Refused:
     """422 for pydantic's findings; `known` are the names that the outermost mapping has."""
-    return several([_field(one, known) for one in problems], code="invalid_request", status=422, what="the request")
+    listed = [_field(one, known, number < MOST_SUGGESTIONS) for number, one in enumerate(problems[:MOST_PROBLEMS])]
+    if len(problems) > MOST_PROBLEMS:
+        more = f"{len(problems) - MOST_PROBLEMS} more problems are not listed; correct these first"
+        listed.append(FieldProblem(param=None, detail=more))
+    return several(listed, code="invalid_request", status=422, what="the request")
 
 
-def _field(problem: Mapping[str, Any], known: Sequence[str]) -> FieldProblem:
+def _field(problem: Mapping[str, Any], known: Sequence[str], suggest: bool) -> FieldProblem:
     location = [str(part) for part in problem["loc"] if part != "[key]"]
     param = ".".join(location) or None
     if problem["type"] == "missing":
         detail = f"{param or 'the body'} is missing"
     elif problem["type"] == "extra_forbidden":
-        detail = f"{param} is not known here" + (did_you_mean(location[0], known) if len(location) == 1 else "")
+        near = did_you_mean(location[0], known) if suggest and len(location) == 1 else ""
+        detail = f"{param} is not known here{near}"
     else:
         shown = repr(problem.get("input"))
         shown = shown if len(shown) <= 60 else shown[:57] + "..."

@@ -142,7 +142,7 @@ def once(
         if key is not None:
             kept = {"body": answer.content.model_dump(mode="json"), "headers": answer.headers}
             idempotency.finish(session, caller.tenant, key, answer.status, kept)
-    return give(answer)
+        return give(answer)  # within: what cannot be written as an answer must not have been done
 
 
 def _replay(control: Control, caller: Caller, key: str | None, method: str, path: str, hashed: str) -> Response | None:

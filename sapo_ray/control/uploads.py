@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from starlette.concurrency import run_in_threadpool
 
@@ -29,6 +30,7 @@ MOST_COLUMNS = 1000
 PARQUET_S = 300.0
 """Bound of reading an uploaded Parquet file through."""
 _FLUSH = 1 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +158,11 @@ def _line(raw: bytes, max_row_bytes: int) -> list[str] | str:
     if len(raw) > max_row_bytes:
         return f"longer than {max_row_bytes} bytes"
     try:
-        row = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
+        row = json.loads(raw.rstrip(b"\r\n").decode("utf-8"), parse_constant=_no_constant)
+        if _SURROGATE.search(raw):  # a pair of them is a character, one alone is none
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair in its text, which cannot be written as UTF-8; remove it"
     except UnicodeDecodeError as error:
         return f"not valid UTF-8 at byte {error.start + 1} of the line (0x{raw[error.start]:02x}); save it as UTF-8"
     except json.JSONDecodeError as error:
@@ -164,6 +170,10 @@ def _line(raw: bytes, max_row_bytes: int) -> list[str] | str:
     except (ValueError, RecursionError) as error:
         return f"not readable as JSON ({str(error)[:100]}); each line must be one JSON object"
     return list(row) if isinstance(row, dict) else f"must be a JSON object, got {type(row).__name__}"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON; write a finite number, or null")
 
 
 def _examine_parquet(path: Path) -> Contents:

@@ -184,3 +184,33 @@ def test_bad_input_leaves_nothing_behind(admin: TestClient, store: Store) -> Non
         assert admin.post("/v1/jobs", content=body, headers=JSON | {"Idempotency-Key": "k"}).status_code >= 400
     assert admin.get("/v1/jobs").json()["data"] == []
     assert admin.post("/v1/jobs", json=QUICKSTART, headers={"Idempotency-Key": "k"}).status_code == 201
+
+
+def test_a_job_nested_too_deep_is_400_and_one_at_the_bound_is_read(admin: TestClient) -> None:
+    def nested(levels: int) -> bytes:
+        return b'{"spec": {"a": ' + b'{"a": ' * levels + b"1" + b"}" * levels + b"}}"
+
+    for levels in (63, 300, 900):
+        answer = admin.post("/v1/jobs", content=nested(levels), headers=JSON)
+        assert "deeper than 64" in problem(answer, 400, "malformed_json")["detail"]
+    problem(admin.post("/v1/jobs", content=nested(62), headers=JSON), 422, "invalid_job")
+
+
+def test_a_number_that_no_float_can_hold_is_400(admin: TestClient) -> None:
+    answer = admin.post("/v1/jobs", content=b'{"spec": {"learner": {"lr": 1e400}}}', headers=JSON)
+    assert "1.8e308" in problem(answer, 400, "malformed_json")["detail"]
+
+
+def test_of_60000_unknown_keys_50_are_listed_and_the_rest_is_counted(admin: TestClient) -> None:
+    spec = {"preset": "quickstart", **{f"stepz{number}": 1 for number in range(60_000)}}
+    answer = admin.post("/v1/jobs", json={"spec": spec})
+    found = problem(answer, 422, "invalid_job")
+    assert len(found["errors"]) == 51
+    assert "did you mean steps?" in found["errors"][19]["detail"]
+    assert "did you mean" not in found["errors"][20]["detail"]
+    assert found["errors"][50]["detail"].startswith("59950 more problems")
+    assert "more than 50 problems" in found["detail"]
+    beside = problem(admin.post("/v1/jobs", json=spec), 422, "invalid_request")
+    assert len(beside["errors"]) == 51
+    assert beside["errors"][50]["detail"].startswith("59952 more problems")  # of 60002: `spec` is missing, too
+    assert len(answer.content) < 20_000

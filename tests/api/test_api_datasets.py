@@ -221,3 +221,31 @@ def test_what_a_killed_service_left_of_uploads_goes_at_the_next_start(
     os.utime(old, (1, 1))
     connect()
     assert (old.exists(), young.exists()) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (b'{"question": "\\ud800 x"}', "surrogate"),
+        (b'{"\\udfff": 1}', "surrogate"),
+        (b'{"question": NaN}', "NaN"),
+        (b'{"question": -Infinity}', "-Infinity"),
+    ],
+)
+def test_a_row_that_is_not_json_by_the_letter_is_refused_with_its_line(acme: TestClient, bad: bytes, said: str) -> None:
+    found = problem(upload(acme, ROWS + bad + b"\n"), 422, "invalid_dataset")
+    assert found["param"] == "line 3"
+    assert said in found["detail"]
+    assert left(acme) == []
+    assert upload(acme, b'{"question": "\\ud83d\\ude00"}\n').status_code == 201
+
+
+def test_a_data_set_whose_answer_cannot_be_written_is_not_kept(
+    acme: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examined(*arguments: object) -> uploads.Contents:
+        return uploads.Contents(rows=1, columns=["\ud800"])
+
+    monkeypatch.setattr("sapo_ray.control.routes.datasets.examine", examined)
+    assert upload(acme, ROWS).status_code == 500
+    assert (left(acme), acme.get("/v1/datasets").json()["data"]) == ([], [])

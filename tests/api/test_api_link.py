@@ -139,3 +139,35 @@ def test_the_assignment_holds_the_job_its_folder_and_its_tenants_secrets(
     assert answer["orders"]["state"] == "run"
     for path in ("", "/events", "/config"):
         assert "w-123" not in client.get(f"/v1/jobs/{job_id}{path}").text
+
+
+def test_an_event_nested_too_deep_is_stored_shortened_and_the_next_one_follows(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    headers = {"Authorization": f"Bearer {token}"} | JSON
+    for seq, levels in ((1, 400), (2, 5000)):
+        inner = b"[" * levels + b'"]}\\"{["' + b"]" * levels
+        body = b'{"first_seq": %d, "events": [{"seq": %d, "kind": "x", "odd": %s, "r": "]"}]}' % (seq, seq, inner)
+        answer = acme.post(f"/v1/link/{job_id}/1/events", content=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["next_seq"] == seq + 1
+    assert deliver(acme, job_id, token, 3, STEP).json()["next_seq"] == 4
+    for event in acme.get(f"/v1/jobs/{job_id}/events?kind=x").json()["data"]:
+        odd, depth = event["data"]["odd"], 0
+        while isinstance(odd, list):
+            odd, depth = odd[0], depth + 1
+        assert (odd, depth, event["data"]["r"]) == ("(nested too deep)", 61, "]")
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_whole_number_of_many_digits_stops_no_driver(acme: TestClient, store: Store, digits: int) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    event = '{"time": %s, "kind": "step", "step": %s, "metrics": {"reward/mean": %s}}' % (("9" * digits,) * 3)
+    body = f'{{"first_seq": 1, "events": [{event}]}}'.encode()
+    headers = {"Authorization": f"Bearer {token}"} | JSON
+    answer = acme.post(f"/v1/link/{job_id}/1/events", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    status = acme.get(f"/v1/jobs/{job_id}").json()["status"]
+    assert (status["step"], status["summary"].get("reward")) == (0, None)
+    assert acme.get(f"/v1/jobs/{job_id}/events?kind=step").status_code == 200

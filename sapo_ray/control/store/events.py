@@ -6,7 +6,6 @@ one job follow one another, so ids have no gaps and become visible in their orde
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,5 +141,5 @@ def _kind(value: Any) -> str:
 
 
 def _time(value: Any, now: float) -> float:
-    usable = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= LATEST
+    usable = isinstance(value, int | float) and 0 <= value <= LATEST  # false for NaN; whole numbers may be any size
     return float(value) if usable else now
