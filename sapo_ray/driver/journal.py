@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from sapo_ray.errors import CheckpointError, ResourceError, SapoRayError
 log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Journal:
@@ -140,11 +142,16 @@ class Journal:
 
 
 def json_line(record: dict[str, Any]) -> str:
-    """Compact JSON; a number that is not finite, which JSON does not have, is null."""
+    """Compact JSON that is valid UTF-8, whatever was in the record.
+
+    A number that is not finite, which JSON does not have, is null; half of a surrogate pair, which UTF-8 does not have
+    (names of files that are not text, completions that end within a character), is U+FFFD.
+    """
     try:
-        return json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        line = json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return line if line.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", line)
 
 
 def _finite(value: Any) -> Any:

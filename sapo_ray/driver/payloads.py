@@ -6,7 +6,6 @@ one after the other, and the length of each. Bits are kept as they are; texts ar
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -15,6 +14,7 @@ import numpy as np
 import ray
 
 from sapo_ray.driver.files import fsync
+from sapo_ray.driver.journal import json_line
 from sapo_ray.driver.parts import Ref
 from sapo_ray.errors import CheckpointError
 from sapo_ray.types import CompletionPayload
@@ -77,7 +77,7 @@ def append_texts(path: str, rows: list[dict[str, Any]], *payloads: CompletionPay
     """Append one JSON line a completion; runs as a Ray task."""
     with Path(path).open("a", encoding="utf-8") as file:
         for row, payload in zip(rows, payloads, strict=True):
-            file.write(json.dumps({**row, "completion": payload.text}, ensure_ascii=False) + "\n")
+            file.write(json_line({**row, "completion": payload.text}) + "\n")
 
 
 class RayPayloads:

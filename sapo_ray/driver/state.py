@@ -70,10 +70,9 @@ async def save_state(state: DriverState, folder: Path, window: Window, payloads:
             group = entry.task.result()
             refs += [completion.payload for completion in group.completions]
             groups.append(_group_as_dict(group))
-    (folder / "driver.json").write_text(
-        json.dumps({"state": asdict(state), "outstanding": outstanding}, indent=1, ensure_ascii=False)
-    )
-    (folder / "groups.json").write_text(json.dumps(groups, indent=1, ensure_ascii=False))
+    # In ASCII: texts come back as they were, also those that UTF-8 cannot hold.
+    (folder / "driver.json").write_text(json.dumps({"state": asdict(state), "outstanding": outstanding}, indent=1))
+    (folder / "groups.json").write_text(json.dumps(groups, indent=1))
     await payloads.save(folder / "payloads.npz", refs)
 
 

@@ -143,3 +143,14 @@ def test_an_event_is_counted_before_anyone_can_read_its_line_and_not_if_there_is
         journal.event("phase")
     assert journal.seq == 2
     journal.close()
+
+
+def test_half_of_a_surrogate_pair_is_replaced_and_the_journal_stays_writable(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", 1)
+    journal.event("condition", reason="bad \udcff name", metrics={"\ud83d": float("nan")}, whole="é😀")
+    journal.event("step", step=1)
+    journal.close()
+    first, second = read_journal(tmp_path / "journal.jsonl")
+    assert (first["reason"], first["whole"]) == ("bad \ufffd name", "é😀")
+    assert first["metrics"] == {"\ufffd": None}
+    assert (second["kind"], second["seq"]) == ("step", 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fakes import FakePayloads, FakePrompts, job
 
 from sapo_ray.config.load import spec_hash
 from sapo_ray.driver.collector import GradedCompletion, GradedGroup
-from sapo_ray.driver.payloads import load_payloads, save_payloads
+from sapo_ray.driver.payloads import append_texts, load_payloads, save_payloads
 from sapo_ray.driver.state import DriverState, restore_window, save_state
 from sapo_ray.driver.window import Window
 from sapo_ray.errors import CheckpointError
@@ -70,6 +71,13 @@ def test_no_payloads_are_a_file_too(tmp_path: Path) -> None:
     assert load_payloads(str(tmp_path / "payloads.npz"), 0) == []
 
 
+def test_samples_are_utf8_whatever_a_completion_ends_with(tmp_path: Path) -> None:
+    for _ in range(2):
+        append_texts(str(tmp_path / "samples.jsonl"), [{"prompt": "\udc80?"}], PAYLOADS[2])
+    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"prompt": "\ufffd?", "completion": "été ∑ 漢字 \x00 \ufffd"}] * 2
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return Path.touch, (Path("exploded"),)
@@ -93,7 +101,7 @@ def test_a_file_with_other_payloads_than_the_checkpoint_names_is_refused(tmp_pat
 
 
 def prompt(i: int) -> Prompt:
-    return Prompt(id=f"t:{i}:0", index=i, source="t", text=f"{i}= «ü»", token_ids=(1, 2, i), gold=r"\frac{1}{3}")
+    return Prompt(id=f"t:{i}:0", index=i, source="t", text=f"{i}= «ü» \ud800", token_ids=(1, 2, i), gold=r"\frac{1}{3}")
 
 
 def completion(i: int, sample: int, grading: Grading) -> GradedCompletion:
