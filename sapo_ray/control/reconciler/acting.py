@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from sapo_ray.control.launcher import REFUSED, Launcher, LaunchRefused, LaunchRequest
-from sapo_ray.control.reconciler import queries, remains
+from sapo_ray.control.reconciler import conditions, queries, remains
 from sapo_ray.control.reconciler.actions import (
     Action,
     Begin,
@@ -39,6 +39,7 @@ from sapo_ray.control.store import (
     LeaseLost,
     SequenceGap,
     Store,
+    StoreUnavailable,
     Superseded,
     attempts,
     events,
@@ -137,8 +138,10 @@ class Acting:
 
     def _settle(self, action: Settle, seen: Seen, lease: Lease) -> None:
         job, attempt = seen.job, _attempt(seen)
-        self._take_rest_of_journal(seen, lease)
-        remains.keep_log(job.run_dir, attempt.number, self._launcher.logs(attempt.submission_id))
+        with self._never_in_the_way("the rest of the journal", seen, lease):
+            self._take_rest_of_journal(seen, lease)
+        with self._never_in_the_way("the driver's log", seen, lease):
+            remains.keep_log(job.run_dir, attempt.number, self._launcher.logs(attempt.submission_id))
         with self._store.read() as s:
             row = jobs.get_job(s, None, job.id)
             if row is None or row.state != job.state:  # the journal had the driver's last word: decide again
@@ -151,6 +154,19 @@ class Acting:
                 _move(s, row, action.then, action.reason)
             if dropped is not None:
                 events.append_control_event(s, row, "discarded", what=dropped)
+
+    @contextmanager
+    def _never_in_the_way(self, what: str, seen: Seen, lease: Lease) -> Iterator[None]:
+        """Something worth keeping that may fail for good: then the job is told so, and settled all the same."""
+        try:
+            yield
+        except (Changed, LeaseLost, StoreUnavailable):
+            raise
+        except Exception as error:
+            log.warning("remains_lost", job_id=seen.job.id, attempt=_attempt(seen).number, what=what, exc_info=error)
+            reason = f"{what} of attempt {_attempt(seen).number} could not be kept ({type(error).__name__})"
+            with self._unchanged(seen, lease) as (s, row):
+                conditions.raise_condition(s, row, conditions.REMAINS_LOST, reason, self._clock())
 
     def _take_rest_of_journal(self, seen: Seen, lease: Lease) -> None:
         job, attempt = seen.job, _attempt(seen)

@@ -8,6 +8,8 @@ from sapo_ray.control.store import JobRow, events
 
 LAUNCHER_UNAVAILABLE = "LauncherUnavailable"
 RUN_DIR_UNAVAILABLE = "RunDirUnavailable"
+REMAINS_LOST = "RemainsLost"
+"""What an ended driver left could not all be kept. Stays: it does not come back."""
 OURS = frozenset({LAUNCHER_UNAVAILABLE, RUN_DIR_UNAVAILABLE})
 
 

@@ -43,18 +43,18 @@ def undelivered(run_dir: Path, attempt: int, next_seq: int) -> Iterator[list[dic
 
 def _events(path: Path, attempt: int) -> Iterator[dict[str, Any]]:
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except FileNotFoundError:
         return
     with file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return  # a crash in mid-write
-            if '"seq"' not in line:
+            if b'"seq"' not in line:
                 continue  # the ledger, by far the larger part
             try:
-                event = json.loads(line)
-            except json.JSONDecodeError as error:
+                event = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
                 log.warning("journal_damaged", path=str(path), line=number, error=str(error))
                 return
             if isinstance(event, dict) and isinstance(event.get("seq"), int) and event.get("attempt") == attempt:

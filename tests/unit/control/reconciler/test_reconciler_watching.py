@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from reconciler_world import World
 
 
@@ -215,6 +216,38 @@ def test_a_damaged_journal_gives_what_comes_before_the_damage(world: World) -> N
     world.tick()
     assert [event.seq for event in world.events(id) if event.attempt == 1] == [1, 2]
     assert world.job(id).state == "recovering"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"time":1,"attempt":1,"seq":3,"kind":"x","r":"\xff"}\n', b'{"seq":' + b"[" * 100_000 + b"\n"],
+    ids=["no UTF-8", "nested without end"],
+)
+def test_a_line_that_cannot_be_read_is_where_a_journal_ends(world: World, line: bytes) -> None:
+    id = world.running()
+    journal(world, id, said(2, "phase", name="train"))
+    with (world.runs / id / "journal.jsonl").open("ab") as file:
+        file.write(line)
+    die(world, id)
+    world.tick()
+    assert [event.seq for event in world.events(id) if event.attempt == 1] == [1, 2]
+    assert world.job(id).state == "recovering"
+
+
+def test_a_journal_and_a_log_that_cannot_be_kept_do_not_keep_a_job_from_being_settled(world: World) -> None:
+    id = world.running()
+    (world.runs / id / "journal.jsonl").mkdir()
+    (world.runs / id / "logs").write_text("a file where the folder should be")
+    world.driver(id).printed = "boom\n"
+    die(world, id)
+    world.tick()
+    assert world.job(id).state == "recovering"
+    assert world.attempt(id).state == "ended"
+    [condition] = world.job(id).conditions
+    assert (condition["type"], condition["reason"]) == (
+        "RemainsLost",
+        "the rest of the journal of attempt 1 could not be kept (IsADirectoryError)",
+    )
 
 
 def test_what_a_driver_printed_is_kept_with_the_run(world: World) -> None:
