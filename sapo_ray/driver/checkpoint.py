@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from sapo_ray.driver.files import fsync, write_text
-from sapo_ray.errors import CheckpointError, ResourceError
+from sapo_ray.driver.files import came_of_a_full_disk, fsync, not_written, write_text
+from sapo_ray.errors import CheckpointError, ResourceError, Superseded
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -26,12 +26,13 @@ _WRITING = ".writing-"
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. `expected` is the size in bytes that the first one is thought to have."""
 
-    def __init__(self, folder: Path, *, keep: int, min_free_gb: float) -> None:
+    def __init__(self, folder: Path, *, keep: int, min_free_gb: float, expected: int = 0) -> None:
         self._folder = folder
         self._keep = keep
         self._min_free = int(min_free_gb * 1e9)
+        self._expected = expected
 
     async def write(self, step: int, fill: Callable[[Path], Awaitable[None]], guard: Callable[[], None]) -> Path:
         """Write the checkpoint of `step`; `fill` puts its files into the folder it is given.
@@ -39,8 +40,8 @@ class Checkpoints:
         `guard` raises where another attempt has taken the run over. Filling takes minutes, so it is asked before
         anything is touched, before the checkpoint gets its name, and right before `latest` moves.
 
-        Raises ResourceError before anything is written if the disk has too little room; whatever fails later, the
-        checkpoints that were there stay valid.
+        Raises ResourceError before anything is written if the disk has too little room, and where it is full all the
+        same; whatever fails, the checkpoints that were there stay valid.
         """
         guard()
         self.check_space()
@@ -56,24 +57,27 @@ class Checkpoints:
             await asyncio.to_thread(_seal, writing, step)
             guard()
         except BaseException as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            if not isinstance(error, OSError) and "No space left on device" not in str(error):
+            # Looked at before the half that was written is removed: by then there is room again.
+            full = not isinstance(error, Superseded) and came_of_a_full_disk(writing, error)
+            refused = not_written(writing, error) if full or isinstance(error, OSError) else None
+            await asyncio.to_thread(shutil.rmtree, writing, ignore_errors=True)
+            if refused is None:
                 raise
-            raise ResourceError(f"checkpoint of step {step} could not be written to {writing}: {error}") from error
+            raise refused from error
         writing.rename(final)
         fsync(self._folder)
         guard()
         write_text(self._folder / "latest", name)
-        self._prune()
+        await asyncio.to_thread(self._prune)
         return final
 
-    def check_space(self, expected: int = 0) -> None:
+    def check_space(self) -> None:
         """Raise ResourceError unless the disk holds another checkpoint and the reserve.
 
-        A checkpoint is taken to be of the last one's size, or of `expected` bytes if there is none.
+        A checkpoint is taken to be of the last one's size, or as large as expected if there is none.
         """
-        last = max(self._complete(), default=None)
-        size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file()) if last else expected
+        last = max(self._complete(), key=step_of, default=None)
+        size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file()) if last else self._expected
         existing = next(path for path in (self._folder, *self._folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < self._min_free + size:
@@ -89,10 +93,10 @@ class Checkpoints:
         Raises CheckpointError if there are checkpoints but every one of them is damaged.
         """
         pointer = self._folder / "latest"
-        candidates = sorted(self._complete(), reverse=True)
+        candidates = sorted(self._complete(), key=step_of, reverse=True)
         if pointer.exists():
-            pointed = self._folder / pointer.read_text().strip()
-            candidates = [pointed, *(path for path in candidates if path < pointed)]
+            pointed = self._folder / self._pointed()
+            candidates = [pointed, *(path for path in candidates if step_of(path) < step_of(pointed))]
         problems = []
         for candidate in candidates:
             try:
@@ -106,14 +110,31 @@ class Checkpoints:
         return None
 
     def _complete(self) -> list[Path]:
-        return [path for path in self._folder.glob("step-*") if (path / MANIFEST).exists()]
+        folders = (path for path in self._folder.glob("step-*") if (path / MANIFEST).exists())
+        return [path for path in folders if path.name.removeprefix("step-").isdecimal()]
+
+    def _pointed(self) -> str:
+        """The name in `latest`."""
+        pointer = self._folder / "latest"
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if not name.startswith("step-") or not name.removeprefix("step-").isdecimal():
+            raise CheckpointError(
+                f"{pointer} names no checkpoint ({name[:40]!r}); write the name of the newest step-* folder into it, "
+                "or remove it to take the newest that is whole"
+            )
+        return name
 
     def _prune(self) -> None:
-        pointed = (self._folder / "latest").read_text().strip()
-        older = sorted(path for path in self._complete() if path.name <= pointed)
-        newer = [path for path in self._complete() if path.name > pointed]  # of an abandoned lineage
+        pointed = step_of(self._folder / self._pointed())
+        older = sorted((path for path in self._complete() if step_of(path) <= pointed), key=step_of)
+        newer = [path for path in self._complete() if step_of(path) > pointed]  # of an abandoned lineage
         for path in [*older[: -self._keep], *newer]:
             shutil.rmtree(path)
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint by its name; names do not sort as numbers once a run takes a million steps."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def verify(folder: Path) -> None:

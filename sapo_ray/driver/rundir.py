@@ -117,7 +117,7 @@ def begin_attempt(run_dir: Path, attempt: int) -> None:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "attempt"
-    newest = int(path.read_text()) if path.exists() else 0
+    newest = _newest_attempt(path) if path.exists() else 0
     if newest > attempt:
         raise Superseded(f"attempt {attempt} of {run_dir} was superseded: attempt {newest} has the run")
     if newest == attempt and last_attempt(run_dir / "journal.jsonl") == attempt:

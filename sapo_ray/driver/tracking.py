@@ -13,11 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 from sapo_ray.config.packages import check_packages
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.background import BackgroundTracker
-from sapo_ray.driver.files import write_text
+from sapo_ray.driver.files import not_written, write_text
 from sapo_ray.driver.journal import Journal, json_line
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.services import MLflow, WandB
-from sapo_ray.errors import ResourceError
+from sapo_ray.errors import CheckpointError
 
 
 class MetricsFile:
@@ -27,7 +27,7 @@ class MetricsFile:
         kept = []
         if path.exists():
             rows = (line for line in path.read_text().splitlines() if line.endswith("}"))
-            kept = [line for line in rows if json.loads(line)["step"] <= resume_step]
+            kept = [line for number, line in enumerate(rows, 1) if _step(path, number, line) <= resume_step]
         write_text(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._file = path.open("a")
@@ -38,25 +38,35 @@ class MetricsFile:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise ResourceError(
-                f"{self._path} cannot be written ({error.strerror}); free some space on its disk, "
-                "then `sapo-ray resume` the run"
-            ) from error
+            raise not_written(self._path, error) from error
 
     def close(self) -> None:
         self._file.close()
+
+
+def _step(path: Path, number: int, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}, row {number}: not a row of metrics ({error}); remove the line, or the file: training does not read it"
+        ) from error
 
 
 class TensorBoard:
     """Event files under `tensorboard/`."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
+        self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        try:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except OSError as error:
+            raise not_written(self._folder, error) from error
 
     def close(self) -> None:
         self._writer.close()
@@ -96,4 +106,7 @@ def trackers_of(spec: JobSpec, run_dir: Path, resume_step: int, journal: Journal
         yield trackers
     finally:
         for tracker in trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except OSError as error:  # what is still buffered; a row that matters was refused when it was logged
+                warn(f"{type(tracker).__name__} could not be closed: {error}")

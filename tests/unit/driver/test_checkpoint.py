@@ -70,6 +70,23 @@ def test_two_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> N
     assert checkpoints.newest() == tmp_path / "step-000030"
 
 
+def test_the_millionth_step_is_newer_than_the_one_before_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    for step in (999998, 999999, 1000000):
+        write(checkpoints, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1000000", "step-999999"]
+    (tmp_path / "latest").unlink()
+    assert checkpoints.newest() == tmp_path / "step-1000000"
+
+
+def test_a_pointer_that_names_nothing_is_told_with_the_way_out(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    write(checkpoints, 1)
+    (tmp_path / "latest").write_text("\0\0")
+    with pytest.raises(CheckpointError, match=r"latest names no checkpoint .*remove it"):
+        checkpoints.newest()
+
+
 def test_one_flipped_byte_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
     write(checkpoints, 1)
@@ -109,7 +126,7 @@ def test_a_failure_while_writing_leaves_the_last_checkpoint_and_no_debris(tmp_pa
         (folder / "state").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ResourceError, match=r"step 2 could not be written .*No space left"):
+    with pytest.raises(ResourceError, match=r"step-000002 cannot be written \(No space left on device\); .* GB free"):
         asyncio.run(checkpoints.write(2, full, lambda: None))
     assert checkpoints.newest() == tmp_path / "step-000001"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
