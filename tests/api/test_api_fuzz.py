@@ -12,6 +12,8 @@ from api_server import ADMIN_KEY, ServerProcess
 
 from sapo_ray.control.store import Store
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 

@@ -24,6 +24,8 @@ from sapo_ray.client.retry import Backoff
 from sapo_ray.control.settings import Settings
 from sapo_ray.control.store import Store, attempts, jobs
 
+pytestmark = pytest.mark.slow
+
 KEY = "sapo_" + "a" * 43
 STARTS_WITHIN_S = 60.0
 SPEC = {"preset": "quickstart", "steps": 40}

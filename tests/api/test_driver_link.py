@@ -22,6 +22,8 @@ from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.wire import Wire
 from sapo_ray.errors import Superseded
 
+pytestmark = pytest.mark.slow
+
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 BOUND_S = 120.0
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def test_what_was_committed_survives_a_killed_process(sqlite_file: Path) -> None
         "with store.begin() as s: make(s)\n"
         "with store.begin() as s: make(s); os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run(["python", "-c", code, f"sqlite:///{sqlite_file}"], timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code, f"sqlite:///{sqlite_file}"], timeout=120, check=False)
     assert done.returncode == -9
     store = Store(f"sqlite:///{sqlite_file}")
     assert count(store) == 1
