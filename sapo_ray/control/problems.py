@@ -24,6 +24,7 @@ from sapo_ray.control.launcher import LauncherUnavailable
 from sapo_ray.control.store import (
     BadBatch,
     BadCursor,
+    DriverExiting,
     IllegalTransition,
     KeyInFlight,
     KeyReused,
@@ -146,6 +147,15 @@ def translate(error: Exception) -> Refused | None:
         return unavailable("the cluster cannot be reached")
     if isinstance(error, IllegalTransition):
         return illegal(error.current)
+    if isinstance(error, DriverExiting):
+        return Refused(
+            409,
+            "illegal_transition",
+            f"the job is {error.current}, and its driver is still exiting",
+            hint="send the request again in a moment",
+            headers={"Retry-After": str(error.retry_after_s)},
+            state=error.current,
+        )
     if isinstance(error, Superseded):
         return Refused(
             409,

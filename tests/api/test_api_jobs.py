@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from api_parts import QUICKSTART, brought_to, problem, run_dir, submitted
+from api_parts import QUICKSTART, brought_to, problem, run_dir, started, submitted
 from starlette.testclient import TestClient
 
 from sapo_ray.config.load import resolve
-from sapo_ray.control.store import Store, idempotency
+from sapo_ray.control.store import Store, attempts, idempotency
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -185,6 +185,23 @@ def test_deleting_removes_job_events_and_files_and_only_when_the_job_has_ended(a
     problem(acme.get(f"/v1/jobs/{job_id}"), 404, "not_found")
     problem(acme.delete(f"/v1/jobs/{job_id}"), 404, "not_found")
     assert acme.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_job_whose_driver_is_still_exiting_is_not_deleted_yet(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    folder = run_dir(store, job_id)
+    started(store, job_id)
+    brought_to(store, job_id, "succeeded")
+    answer = acme.delete(f"/v1/jobs/{job_id}")
+    found = problem(answer, 409, "illegal_transition")
+    assert found["detail"] == "the job is succeeded, and its driver is still exiting"
+    assert answer.headers["Retry-After"] == "3"
+    assert folder.exists()
+    with store.begin() as session:
+        [attempt] = attempts.list_attempts(session, job_id)
+        attempts.end_attempt(session, attempt, "it exited")
+    assert acme.delete(f"/v1/jobs/{job_id}").status_code == 204
+    assert not folder.exists()
 
 
 def test_a_job_that_is_not_deleted_after_all_keeps_its_files(

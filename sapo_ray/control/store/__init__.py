@@ -8,6 +8,7 @@ from sapo_ray.control.store.engine import Store
 from sapo_ray.control.store.errors import (
     BadBatch,
     BadCursor,
+    DriverExiting,
     IllegalTransition,
     KeyInFlight,
     KeyReused,
@@ -36,6 +37,7 @@ __all__ = [
     "BadBatch",
     "BadCursor",
     "DatasetRow",
+    "DriverExiting",
     "EventRow",
     "IdempotencyRow",
     "IllegalTransition",

@@ -4,6 +4,7 @@ SapoRayError
 `-- StoreError
     |-- StoreUnavailable     the database is gone, busy, full or not migrated: try again later
     |-- IllegalTransition    a job in this state cannot be brought into that one
+    |-- DriverExiting        a job that has ended, but whose last driver may still write its files: try again soon
     |-- Superseded           events of an attempt that is not the job's newest
     |-- SequenceGap          events that do not follow what is stored
     |-- BadBatch             a delivery that contradicts itself
@@ -43,6 +44,17 @@ class IllegalTransition(StoreError):
 
     def __str__(self) -> str:
         return f"the job is {self.current}; to become {self.wanted} it must be {' or '.join(self.allowed) or 'another'}"
+
+
+class DriverExiting(StoreError):
+    """The job has ended and its last driver has not yet: what it writes would outlive the job."""
+
+    retry_after_s = 3
+    """When it is worth trying again."""
+
+    def __init__(self, current: str) -> None:
+        super().__init__(f"the job is {current}, and its driver is still exiting")
+        self.current = current
 
 
 class Superseded(StoreError):

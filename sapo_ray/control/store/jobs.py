@@ -15,10 +15,10 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from sapo_ray.api.jobs import LIVE, TERMINAL
-from sapo_ray.control.store.errors import BadCursor, IllegalTransition
+from sapo_ray.control.store.errors import BadCursor, DriverExiting, IllegalTransition
 from sapo_ray.control.store.events import append_control_event
 from sapo_ray.control.store.projection import enter
-from sapo_ray.control.store.tables import JobRow, LeaseRow, is_id, new_id
+from sapo_ray.control.store.tables import AttemptRow, JobRow, LeaseRow, is_id, new_id
 
 PREFIX = "job-"
 MAX_PAGE = 1000
@@ -170,9 +170,15 @@ def count_live(s: Session, tenant: str) -> int:
 
 
 def delete_job(s: Session, row: JobRow) -> None:
-    """Forget an ended job with its attempts and events (its files are another's business)."""
+    """Forget an ended job with its attempts and events (its files are another's business).
+
+    Raises DriverExiting while a driver may still run: without its attempt nobody would end it.
+    """
     if row.state not in TERMINAL:
         raise IllegalTransition(row.state, "deleted", TERMINAL)
+    alive = select(AttemptRow.number).where(AttemptRow.job_id == row.id, AttemptRow.state != "ended").limit(1)
+    if s.scalar(alive) is not None:
+        raise DriverExiting(row.state)
     lease = s.get(LeaseRow, row.id)
     if lease is not None:
         s.delete(lease)

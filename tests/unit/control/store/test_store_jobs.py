@@ -8,7 +8,17 @@ import pytest
 from sqlalchemy import text
 from store_builders import new_job, started_job, together
 
-from sapo_ray.control.store import BadCursor, EventRow, IllegalTransition, JobRow, Store, attempts, events, jobs
+from sapo_ray.control.store import (
+    BadCursor,
+    DriverExiting,
+    EventRow,
+    IllegalTransition,
+    JobRow,
+    Store,
+    attempts,
+    events,
+    jobs,
+)
 from sapo_ray.control.store.tables import new_id
 
 
@@ -176,6 +186,9 @@ def test_only_an_ended_job_can_be_deleted_and_takes_all_that_is_its_own_along(st
         with pytest.raises(IllegalTransition):
             jobs.delete_job(s, row)
         jobs.set_state(s, row, "failed", "", allowed={"starting"})
+        with pytest.raises(DriverExiting):
+            jobs.delete_job(s, row)
+        attempts.end_attempt(s, attempts.list_attempts(s, job_id)[0], "it exited")
         jobs.delete_job(s, row)
     with store.read() as s:
         assert s.query(JobRow).count() == s.query(EventRow).count() == 0
