@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pydantic import ValidationError
 
 from sapo_ray.api.jobs import TERMINAL, Event, Job
-from sapo_ray.client.errors import BadReply, ConnectionFailed, RateLimited, Unavailable
+from sapo_ray.client.errors import BadReply, ConnectionFailed, NotFound, RateLimited, Unavailable
 from sapo_ray.client.sse import messages
 from sapo_ray.client.transport import Transport
 from sapo_ray.errors import DeadlineExceeded
@@ -75,13 +75,20 @@ class EventStream:
             DeadlineExceeded: the deadline passed.
             ConnectionFailed, Unavailable, RateLimited: the service could not be reached for 10 minutes.
             BadReply: the service left an event out, again and again.
-            NotFound, Unauthorized...: what the service said.
+            NotFound: there is no such job, or it was deleted while its events were read.
+            Unauthorized...: what the service said.
         """
-        failures = gaps = 0
-        contact = time.monotonic()
         if self._has_ended():
             yield from self.stored()
             return
+        try:
+            yield from self._as_they_happen()
+        except NotFound as error:
+            raise NotFound(f"the job was deleted while its events were read ({self._path})", error.problem) from error
+
+    def _as_they_happen(self) -> Iterator[Event]:
+        failures = gaps = 0
+        contact = time.monotonic()
         while True:
             before = self._last
             wait = None

@@ -58,6 +58,8 @@ class _Watched:
     """Newest events, contiguous up to `told`."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Replaced each time that it is set."""
+    gone: bool = False
+    """The job is not there any more."""
 
     def after(self, position: int) -> list[Line] | None:
         """Events beyond `position`, if the tail reaches back that far."""
@@ -102,6 +104,7 @@ class Watcher:
             position, failures, look = after, 0, True
             while True:
                 news = watched.news
+                look = look or watched.gone
                 known = watched.after(position)
                 if known is not None and not look:
                     lines = known
@@ -120,7 +123,7 @@ class Watcher:
                     yield ServerSentEvent(data=line.text, id=str(line.id), sep="\n")
                     position = line.id
                     look = look or line.may_end
-                if not look and (watched.told is None or watched.told <= position):
+                if not look and not watched.gone and (watched.told is None or watched.told <= position):
                     await news.wait()
 
     def nudge(self, job_id: str) -> None:
@@ -174,7 +177,12 @@ class Watcher:
 
     async def _look(self) -> None:
         positions = {job_id: watched.told for job_id, watched in self._jobs.items()}
-        for job_id, (newest, lines) in (await run_in_threadpool(self._news, positions)).items():
+        found, gone = await run_in_threadpool(self._news, positions)
+        for job_id in gone:  # deleted: its streams read what is left, which is nothing, and end
+            if (watched := self._jobs.get(job_id)) is not None:
+                watched.gone = True
+                watched.news.set()
+        for job_id, (newest, lines) in found.items():
             watched = self._jobs.get(job_id)
             if watched is None or watched.told != positions[job_id]:
                 continue
@@ -185,11 +193,12 @@ class Watcher:
             watched.news.set()
             watched.news = asyncio.Event()
 
-    def _news(self, positions: dict[str, int | None]) -> dict[str, tuple[int, list[Line]]]:
-        """Jobs with events beyond what was told: the newest id now known, and the events in between."""
+    def _news(self, positions: dict[str, int | None]) -> tuple[dict[str, tuple[int, list[Line]]], set[str]]:
+        """Jobs with events beyond what was told: the newest id now known, and the events in between. And jobs gone."""
         found: dict[str, tuple[int, list[Line]]] = {}
         with self._store.read() as session:
-            for job_id, newest in events.newest_ids(session, list(positions)).items():
+            ids = events.newest_ids(session, list(positions))
+            for job_id, newest in ids.items():
                 told = positions[job_id]
                 if told is None:
                     found[job_id] = newest, []
@@ -197,7 +206,7 @@ class Watcher:
                     lines = [_line(row) for row in events.list_events(session, job_id, told, PAGE)]
                     if lines:
                         found[job_id] = lines[-1].id, lines
-        return found
+        return found, positions.keys() - ids.keys()
 
     def _read(self, job_id: str, position: int) -> tuple[list[Line], bool]:
         """A page of events beyond `position`, and whether the job had ended before they were read."""

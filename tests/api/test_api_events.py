@@ -277,6 +277,21 @@ def test_all_streams_cost_one_look_at_the_store(
     until(lambda: client.app.state.control.watcher.open_streams == 0)  # type: ignore[attr-defined]
 
 
+def test_a_stream_ends_when_its_job_is_deleted(connect: Connect, store: Store) -> None:
+    client = connect(watch_interval_s=0.2)
+    ours = submitted(client)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(client.get, f"/v1/jobs/{ours}/events", headers=STREAM)
+        until(lambda: client.app.state.control.watcher.open_streams == 1)  # type: ignore[attr-defined]
+        with store.begin() as session:  # cancelled and deleted between two looks of the watcher
+            row = jobs.get_job(session, None, ours, lock=True)
+            assert row is not None
+            jobs.set_state(session, row, "cancelled", "by the test", allowed={"queued"})
+            jobs.delete_job(session, row)
+        assert stream.result(30).status_code == 200
+    until(lambda: client.app.state.control.watcher.open_streams == 0)  # type: ignore[attr-defined]
+
+
 def test_what_a_driver_delivers_is_on_the_streams_before_the_next_tick(connect: Connect, store: Store) -> None:
     client = connect(watch_interval_s=600.0)
     ours = submitted(client)

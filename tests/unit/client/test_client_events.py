@@ -115,6 +115,19 @@ def test_a_job_of_another_tenant_ends_the_iterator_at_once(service: Service, cli
     assert len(service.requests) == 1
 
 
+def test_a_job_that_is_deleted_meanwhile_ends_waiting_and_watching_in_those_words(
+    service: Service, client: Client
+) -> None:
+    service.on(ONE, reply(job()), problem(404, "not_found", "there is no such job"))
+    service.on(EVENTS, stream(sse(event(1))))
+    with pytest.raises(api.NotFound, match="the job was deleted"):
+        client.jobs.wait(JOB_ID, 30.0)
+    service.on(ONE, reply(job()))
+    service.on(EVENTS, problem(404, "not_found", "there is no such job"))
+    with pytest.raises(api.NotFound, match="the job was deleted"):
+        list(client.jobs.events(JOB_ID))
+
+
 def test_waiting_returns_the_ended_job_after_all_its_events(service: Service, client: Client) -> None:
     service.on(ONE, reply(job()), reply(job("succeeded", result={"status": "succeeded"})))
     service.on(EVENTS, stream(sse(event(1)), sse(event(2, "transition", state="succeeded"))), rest(event(3)))
