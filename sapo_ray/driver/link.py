@@ -6,6 +6,7 @@
     no answer            training goes on; the same batch again after a pause, RETRY_S at most
     answer lost, gap     on from the number that the control plane names: each event is stored once, in order
     superseded           the journal is fenced, the run ends at once
+    token refused        training goes on for REFUSED_S; then the run ends as if it were paused, with a checkpoint
 
 It lives in a thread of its own, because heartbeats must not wait for a warm start or a busy event loop. It ships only
 what the journal has on the disk, and sees to it that this is not older than one interval.
@@ -18,14 +19,13 @@ import os
 import random
 import threading
 import time
-from collections import deque
 from typing import Any
 
 from sapo_ray.api.link import MAX_BATCH
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.outbox import Outbox
-from sapo_ray.driver.wire import CALL_S, Away, SequenceGap, TooLarge, Unauthorized, Wire
+from sapo_ray.driver.wire import CALL_S, Away, Refusals, SequenceGap, TooLarge, Unauthorized, Wire
 from sapo_ray.errors import ResourceError, SapoRayError, Superseded, TrainingFailed
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ FLUSH_S = 60.0
 """What the last events of an attempt may take to be delivered; SAPO_LINK_FLUSH_S sets it."""
 RETRY_S = 10.0
 """Longest pause between two attempts while it does not."""
-REFUSALS, REFUSALS_WITHIN_S = 3, 300.0
-"""So many refused tokens within so long mean that the attempt is not wanted any more."""
 SMALL_FIELD = 500
 """Characters of a field that is kept when one event alone is too large for the control plane."""
 URGENT = ("step", "transition")
@@ -52,7 +50,8 @@ class Link:
         self._flush_s = float(os.environ.get("SAPO_LINK_FLUSH_S", FLUSH_S))
         self._next = 1
         self._count = MAX_BATCH
-        self._refused: deque[float] = deque()
+        self._refusals = Refusals()
+        self._released = False
         self._wake = threading.Event()
         self._closing_until: float | None = None
         self._away_since: float | None = None
@@ -116,7 +115,7 @@ class Link:
                 attempts, pause = attempts + 1, self._pause(attempts, error)
                 self._went_away(error)
             if self._closing_until is not None:
-                if self._next > self._journal.seq or time.monotonic() >= self._closing_until:
+                if self._next > self._journal.seq or self._released or time.monotonic() >= self._closing_until:
                     return
                 pause = min(pause, 1.0)
             if not more:
@@ -152,7 +151,8 @@ class Link:
                 self._count = len(events) // 2
                 return True
             received = self._deliver_small(first, events, error)
-        self._refused.clear()
+        self._refusals.clear()
+        self._released = False
         self._count = min(MAX_BATCH, 2 * self._count)
         self._orders.receive(received.orders)
         self._go_to(received.next_seq)
@@ -181,20 +181,25 @@ class Link:
     def _pause(self, attempts: int, error: Away) -> float:
         """Doubling, jittered and bounded; a refused token is counted."""
         if isinstance(error, Unauthorized):
-            now = time.monotonic()
-            self._refused.append(now)
-            while now - self._refused[0] > REFUSALS_WITHIN_S:
-                self._refused.popleft()
-            if len(self._refused) >= REFUSALS:
-                raise Superseded(
-                    f"the control plane refused this attempt's token {REFUSALS} times within "
-                    f"{REFUSALS_WITHIN_S:g} s ({error}): attempt {self._journal.attempt} is not wanted any more"
-                ) from error
+            if self._refusals.add() and not self._released:
+                self._release(error)
             return self._interval
         pause = min(RETRY_S, self._interval * 0.1 * 2.0 ** min(attempts, 20))
         if error.retry_after is not None:
             pause = max(pause, min(error.retry_after, RETRY_S))
         return pause * random.uniform(0.7, 1.0)
+
+    def _release(self, error: Unauthorized) -> None:
+        """The link goes on meanwhile: a control plane that knows the token again hears how the run ended."""
+        self._released = True
+        reason = (
+            f"the control plane refused this attempt's token for {self._refusals.within_s:g} s and more ({error}): "
+            f"attempt {self._journal.attempt} is not wanted any more, and ends with a checkpoint"
+        )
+        if self._orders.unwanted is None:
+            log.error("%s", reason)
+            self._journal.event("condition", condition="TokenRefused", reason=reason)
+        self._orders.release(Superseded(reason))
 
     def _went_away(self, error: Away) -> None:
         if self._away_since is None:

@@ -2,7 +2,8 @@
 
     token file --> assignment --> the run directory is this attempt's --> run.assigned --> exit code
 
-    0      succeeded, paused, cancelled        3    superseded: another attempt has the run, nothing more was written
+    0      succeeded, paused, cancelled        3    superseded: another attempt has the run, nothing more was written;
+                                                    or its token was refused for long: paused, nothing is lost
     1      failed, the journal says why        4    the control plane gave no assignment within ASSIGNMENT_S
     143    SIGTERM                             2    wrong usage
 
@@ -27,10 +28,10 @@ from sapo_ray.api.link import Assignment
 from sapo_ray.config.load import check_resume, resolve
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.journal import Journal
-from sapo_ray.driver.link import REFUSALS, Link
+from sapo_ray.driver.link import Link
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.rundir import begin_attempt, hold_within, read_stored
-from sapo_ray.driver.wire import Away, SequenceGap, TooLarge, Unauthorized, Wire
+from sapo_ray.driver.wire import Away, Refusals, SequenceGap, TooLarge, Unauthorized, Wire
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, Superseded
 
 log = logging.getLogger(__name__)
@@ -83,15 +84,16 @@ def fetch(wire: Wire) -> Assignment:
         Superseded: the attempt is not wanted any more.
         DeadlineExceeded: there was no usable answer within ASSIGNMENT_S.
     """
-    end, tries, refused = time.monotonic() + ASSIGNMENT_S, 0, 0
+    end, tries, refusals = time.monotonic() + ASSIGNMENT_S, 0, Refusals()
     while True:
         try:
             return wire.assignment()
         except (Away, SequenceGap, TooLarge) as error:
             tries += 1
-            refused += isinstance(error, Unauthorized)
-            if refused >= REFUSALS:
-                raise Superseded(f"the control plane refused this attempt's token {REFUSALS} times: {error}") from error
+            if isinstance(error, Unauthorized) and refusals.add():
+                raise Superseded(
+                    f"the control plane refused this attempt's token for {refusals.within_s:g} s and more: {error}"
+                ) from error
             if time.monotonic() >= end:
                 raise DeadlineExceeded(f"no assignment within {ASSIGNMENT_S:g} s: {error}") from error
             log.warning("no assignment yet: %s", error)
@@ -113,9 +115,11 @@ def run(assignment: Assignment, wire: Wire) -> dict[str, Any]:
         except (SapoRayError, ImportError) as error:
             _fail(run_dir, assignment.attempt, link, f"{type(error).__name__}: {error}")
             raise
-        return runs.assigned(
-            spec, run_dir, changes, runs.Assigned(attempt=assignment.attempt, orders=orders, link=link)
-        )
+        by = runs.Assigned(attempt=assignment.attempt, orders=orders, link=link)
+        result = runs.assigned(spec, run_dir, changes, by)
+    if orders.unwanted is not None and result["status"] == "paused":
+        raise orders.unwanted
+    return result
 
 
 def _job(assignment: Assignment, run_dir: Path) -> tuple[JobSpec, list[str]]:

@@ -67,6 +67,8 @@ class StandingOrders:
         self._served = first.checkpoint_request if first else 0
         self._told_workers: int | None = None
         self._failure: SapoRayError | None = None
+        self.unwanted: SapoRayError | None = None
+        """Why the attempt ends as if it were paused though nobody said so."""
         self._watches: list[_Watch] = []
         self._lock = threading.Lock()
 
@@ -82,13 +84,18 @@ class StandingOrders:
         self._failure = self._failure or failure
         self._tell_watches()
 
+    def release(self, reason: SapoRayError) -> None:
+        """Nobody wants the attempt any more, as far as one can tell: it ends as by a pause, and loses no step."""
+        self.unwanted = self.unwanted or reason
+        self._tell_watches()
+
     # --- the loop's side -------------------------------------------------------------------------------------------
 
     @property
     def ending(self) -> Ending | None:
         """How the run is to end before its last step, if it is."""
         if self._orders is None or self._orders.state == "run":
-            return None
+            return None if self.unwanted is None else "paused"
         return "paused" if self._orders.state == "pause" else "cancelled"
 
     @property

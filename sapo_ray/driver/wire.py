@@ -4,13 +4,16 @@
 409 superseded            Superseded      another attempt has the run
 409 sequence_gap          SequenceGap     go on from the number it names
 413                       TooLarge        send less at once
-401, 404 of its own       Unauthorized    not this attempt's token, or no such job
+401 unauthenticated       Unauthorized    not this attempt's token, or no such job
 anything else             Away            503, a proxy's page, no connection, no answer in time: try again later
+
+A status counts with the control plane's own problem code only: proxies have 401s, 404s and 409s of their own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import ssl
 import time
 from typing import Any
@@ -24,6 +27,9 @@ from sapo_ray.errors import Superseded
 CALL_S = 10.0
 """Bound of one call, from the connection to the last byte of the answer."""
 CONNECT_S = 3.0
+REFUSALS, REFUSED_S = 3, 300.0
+"""So many refused tokens, the last so long after the first, mean that the attempt is not wanted any more;
+SAPO_LINK_REFUSED_S sets the time."""
 ANSWER_BYTES = 4 << 20
 """An assignment holds a whole job; no answer is longer than this."""
 
@@ -38,6 +44,26 @@ class Away(Exception):
 
 class Unauthorized(Away):
     """The token is not known for this attempt."""
+
+
+class Refusals:
+    """Refused tokens since one was taken. A control plane that came back with an older database may get the newer one."""
+
+    def __init__(self) -> None:
+        self.within_s = float(os.environ.get("SAPO_LINK_REFUSED_S", REFUSED_S))
+        self._count = 0
+        self._first = 0.0
+
+    def add(self) -> bool:
+        """Count one. Returns whether they are enough, and over long enough, to be meant."""
+        if not self._count:
+            self._first = time.monotonic()
+        self._count += 1
+        return self._count >= REFUSALS and time.monotonic() - self._first >= self.within_s
+
+    def clear(self) -> None:
+        """The token is good."""
+        self._count = 0
 
 
 class TooLarge(Exception):
@@ -112,7 +138,7 @@ class Wire:
         if status == 413:
             return TooLarge(f"it takes less at once: {problem.get('detail', 'status 413')}")
         reason = f"status {status} {code or ''}: {problem.get('detail', '')}".strip(" :")
-        if status == 401 or (status == 404 and code):  # a proxy that finds nothing behind it says 404 too
+        if status == 401 and code == "unauthenticated":
             return Unauthorized(reason)
         return Away(reason, _seconds(response.headers.get("Retry-After")))
 

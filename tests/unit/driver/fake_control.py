@@ -30,7 +30,7 @@ class FakeControl:
     orders: dict[str, Any] = field(default_factory=orders)
     assignment: dict[str, Any] = field(default_factory=dict)
     faults: deque[str] = field(default_factory=deque)
-    """What befalls the next calls: 503, 429, proxy, refused (401), lost, late, nonsense."""
+    """What befalls the next calls: 503, 429, proxy, login or gateway (their 401), refused (401), lost, late, nonsense."""
     stored: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """By attempt; exactly what a store would hold."""
     newest: int = 1
@@ -116,13 +116,17 @@ class FakeControl:
     def _refusal(self, attempt: int, request: Request) -> Any:
         fault = self.faults.popleft() if self.faults else ""
         if request.headers.get("authorization") != f"Bearer {TOKEN}" or fault == "refused":
-            return problem(401, "unauthorized")
+            return problem(401, "unauthenticated")
         if attempt < self.newest:
             return problem(409, "superseded")
         if fault in ("503", "429"):
             return JSONResponse({"code": "unavailable"}, int(fault), {"Retry-After": "0"})
         if fault == "proxy":
             return HTMLResponse("<h1>not found</h1>", 404)
+        if fault == "login":
+            return HTMLResponse("<h1>please log in</h1>", 401)
+        if fault == "gateway":
+            return JSONResponse({"code": 401, "message": "no session"}, 401)
         if fault == "nonsense":
             return HTMLResponse("<h1>welcome</h1>", 200)
         return None

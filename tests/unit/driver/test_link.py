@@ -17,7 +17,7 @@ from fake_control import TOKEN, FakeControl, orders
 from sapo_ray.api.link import Orders
 from sapo_ray.driver import link as links
 from sapo_ray.driver import wire as wires
-from sapo_ray.driver.journal import Journal
+from sapo_ray.driver.journal import Journal, read_journal
 from sapo_ray.driver.link import Link
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.outbox import BATCH_BYTES, Outbox
@@ -190,21 +190,73 @@ def test_a_superseded_driver_writes_no_more_and_its_run_is_ended(control: FakeCo
     assert len(control.events()) == 2
 
 
-def test_a_token_that_is_refused_three_times_ends_the_run(control: FakeControl, tmp_path: Path) -> None:
+def test_a_token_that_is_refused_for_long_ends_the_run_as_a_pause_does(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAPO_LINK_REFUSED_S", "0.3")
     driver = Driver(control, tmp_path, token="another")
-    assert isinstance(error := failure(driver.orders), Superseded)
-    assert "refused this attempt's token 3 times within 300 s" in str(error)
+    calls = control.calls
+    control.wait_for(lambda: driver.orders.ending is not None)
+    assert driver.orders.ending == "paused"
+    assert control.calls - calls >= 3
+    driver.orders.check()
+    assert isinstance(error := driver.orders.unwanted, Superseded)
+    assert "refused this attempt's token for 0.3 s and more (status 401 unauthenticated" in str(error)
+    driver.events(1)  # the journal is not fenced: the last step, its checkpoint and the end are recorded
+    driver.end()
+    kinds = [record["kind"] for record in read_journal(tmp_path / "journal.jsonl")]
+    assert kinds == ["condition", "issued", "step"]
+
+
+def test_refusals_do_not_end_a_run_before_their_time(control: FakeControl, tmp_path: Path) -> None:
+    control.faults.extend(["refused"] * 10)
+    driver = Driver(control, tmp_path)
+    driver.events(1)
+    control.wait_for(lambda: bool(control.events()))
+    assert driver.orders.ending is None
     driver.end()
 
 
-def test_refusals_between_which_the_token_was_good_are_forgiven(control: FakeControl, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["login", "gateway", "proxy"])
+def test_a_proxy_that_wants_a_login_is_an_outage(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setenv("SAPO_LINK_REFUSED_S", "0")
+    control.faults.extend([fault] * 8)
+    driver = Driver(control, tmp_path)
+    driver.events(1)
+    control.wait_for(lambda: bool(control.events()))
+    driver.orders.check()
+    assert driver.orders.ending is None
+    driver.end()
+
+
+def test_a_token_that_is_known_again_while_the_run_ends_brings_the_last_events_home(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAPO_LINK_REFUSED_S", "0")
+    control.faults.extend(["refused"] * 6)
+    driver = Driver(control, tmp_path)
+    control.wait_for(lambda: driver.orders.ending == "paused")
+    control.wait_for(lambda: not control.faults)
+    control.wait_for(lambda: bool(control.events()))
+    driver.events(1)
+    driver.end()
+    assert [event["kind"] for event in control.events()] == ["condition", "step"]
+    assert driver.orders.ending == "paused", "what was begun is finished"
+
+
+def test_refusals_between_which_the_token_was_good_are_forgiven(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAPO_LINK_REFUSED_S", "0")
     driver = Driver(control, tmp_path)
     for _ in range(3):
         control.faults.extend(["refused", "refused", ""])
         driver.events(1)
         control.wait_for(lambda: not control.faults)
     driver.end()
-    driver.orders.check()
+    assert driver.orders.ending is None
     assert len(control.events()) == 3
 
 

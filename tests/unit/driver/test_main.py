@@ -18,7 +18,7 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver import main as drivers
 from sapo_ray.driver import run as runs
 from sapo_ray.driver.journal import Journal, read_journal
-from sapo_ray.driver.orders import Ended
+from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.driver.rundir import begin_attempt, hold, write_spec
 from sapo_ray.errors import Superseded, WorkerLost
 
@@ -26,6 +26,7 @@ from sapo_ray.errors import Superseded, WorkerLost
 @pytest.fixture
 def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeControl]:
     monkeypatch.setenv("SAPO_LINK_INTERVAL_S", "0.05")
+    monkeypatch.setenv("SAPO_LINK_REFUSED_S", "0.3")
     monkeypatch.setattr(drivers, "RETRY_S", 0.05)
     (tmp_path / "token").write_text(TOKEN + "\n")
     control = FakeControl(assignment={"run_dir": str(tmp_path / "run"), "spec": job().model_dump(mode="json")}).start()
@@ -72,7 +73,7 @@ def test_the_assigned_job_is_run_under_its_number_and_its_end_is_heard(
 def test_an_assignment_is_asked_for_until_it_comes(
     control: FakeControl, tmp_path: Path, trained: list[JobSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control.faults.extend(["503", "proxy", "nonsense", "refused", "429"])
+    control.faults.extend(["503", "proxy", "nonsense", "login", "login", "login", "refused", "429"])
     assert start(control, tmp_path) == 0
     monkeypatch.setattr(drivers, "ASSIGNMENT_S", 0.2)
     control.stop()
@@ -89,6 +90,29 @@ def test_a_driver_that_is_not_wanted_leaves_the_run_alone(
     assert start(control, tmp_path, attempt=2) == drivers.SUPERSEDED
     assert not (tmp_path / "run").exists()
     assert not trained
+
+
+def test_a_token_that_is_refused_while_it_trains_ends_the_attempt_with_a_checkpoint_and_its_own_exit_code(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trains(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, by: StandingOrders, *_: Any) -> Any:
+        control.faults.extend(["refused"] * 10_000)
+        end = time.monotonic() + 20
+        while by.ending is None:
+            by.check()
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        raise Ended(by.ending)
+
+    monkeypatch.setattr(runs, "_train_and_export", trains)
+    assert start(control, tmp_path) == drivers.SUPERSEDED
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "paused"
+    records = list(read_journal(tmp_path / "run" / "journal.jsonl"))
+    assert [record.get("state", record.get("condition")) for record in records] == [
+        "starting",
+        "TokenRefused",
+        "paused",
+    ]
 
 
 def test_an_attempt_number_is_begun_once_and_never_below_the_newest(tmp_path: Path) -> None:
