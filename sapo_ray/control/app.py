@@ -80,6 +80,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     log.info("started", version=__version__, data_dir=str(settings.data_dir))
     yield
     await control.watcher.close()
+    await app.state.readiness.close()
     if server is not None:
         await run_in_threadpool(server.shutdown)
     log.info("stopped")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import structlog
@@ -17,6 +17,7 @@ from sapo_ray.control import body, paths, views
 from sapo_ray.control.access import Caller, Gate
 from sapo_ray.control.launcher import Launcher
 from sapo_ray.control.problems import Refused, not_found
+from sapo_ray.control.rooms import Rooms
 from sapo_ray.control.settings import Settings
 from sapo_ray.control.store import JobRow, Store, idempotency, jobs
 from sapo_ray.control.telemetry import Telemetry
@@ -33,6 +34,7 @@ class Control:
     gate: Gate
     watcher: Watcher
     telemetry: Telemetry
+    rooms: Rooms = field(default_factory=Rooms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

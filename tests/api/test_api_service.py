@@ -8,7 +8,9 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
-from sapo_ray.control import logs
+from sapo_ray.control import logs, uploads
 from sapo_ray.control.reference import render
 from sapo_ray.control.routes.jobs import Submission
 from sapo_ray.control.store import Store
@@ -266,3 +268,59 @@ def test_examples_of_bodies_are_valid(admin: TestClient) -> None:
 def test_the_reference_page_is_that_of_the_routes(admin: TestClient) -> None:
     page = Path(__file__).parents[2] / "docs" / "api.md"
     assert page.read_text() == render(admin.get("/openapi.json").json()), "run `make docs`"
+
+
+def test_a_cluster_that_hangs_holds_up_neither_readiness_nor_drivers_nor_users(
+    admin: TestClient, store: Store, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submitted(admin)
+    token = started(store, job_id)
+    freed, entered = threading.Event(), threading.Semaphore(0)
+
+    def hang(*_: object) -> str:
+        entered.release()
+        assert freed.wait(60)
+        return "printed"
+
+    monkeypatch.setattr(cluster, "ping", hang)
+    monkeypatch.setattr(cluster, "logs", hang)
+    with ThreadPoolExecutor(100) as pool:
+        try:
+            probes = [pool.submit(admin.get, "/readyz") for _ in range(45)]
+            reads = [pool.submit(admin.get, f"/v1/jobs/{job_id}/logs/driver-1") for _ in range(45)]
+            for _ in range(5):  # one look, four reads
+                assert entered.acquire(timeout=30)
+            assert pool.submit(deliver, admin, job_id, token, 1).result(20).status_code == 200
+            assert pool.submit(admin.get, "/v1/jobs").result(20).status_code == 200
+            assert {probe.result(20).json()["checks"]["cluster"] for probe in probes} == {"down"}
+        finally:
+            freed.set()
+        answers = [read.result(60) for read in reads]
+    assert [one.text for one in answers if one.status_code == 200] == ["printed"] * 4
+    for one in answers:
+        if one.status_code != 200:
+            assert problem(one, 503, "unavailable")["detail"].startswith("as many reads from the cluster")
+            assert one.headers["Retry-After"] == "2"
+
+
+def test_examinations_of_data_sets_take_two_threads_at_most(admin: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed, entered = threading.Event(), threading.Semaphore(0)
+
+    def hang(*_: object) -> uploads.Contents:
+        entered.release()
+        assert freed.wait(60)
+        return uploads.Contents(rows=1, columns=["a"])
+
+    def upload() -> Any:
+        return admin.post("/v1/datasets?name=a.jsonl", content=b"{}\n", headers={"Content-Type": "application/jsonl"})
+
+    monkeypatch.setattr("sapo_ray.control.routes.datasets.examine", hang)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            two = [pool.submit(upload) for _ in range(2)]
+            for _ in range(2):
+                assert entered.acquire(timeout=30)
+            assert upload().headers["Retry-After"] == "2"
+        finally:
+            freed.set()
+        assert [one.result(60).status_code for one in two] == [201, 201]

@@ -81,6 +81,7 @@ async def upload(
 ) -> Response:
     """As a form with a part `file`, or as a body that is the file itself. Every row is looked at: a JSONL file with a
     bad line is refused, with the line's number."""
+    control.rooms.examination.check()
     folder = control.settings.datasets_dir / caller.tenant
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media == "multipart/form-data":
@@ -112,10 +113,23 @@ async def upload(
         kind = _format(format, _TYPES[media], name)
         checked_name = _name(name, kind)
         received = await receive(request.stream(), folder, control.settings)
-    return await run_in_threadpool(_keep, control, caller, key, received, checked_name, kind)
+    try:
+        largest = control.settings.max_row_bytes
+        contents = await control.rooms.examination.run(examine, received.path, kind, largest)
+        return await run_in_threadpool(_keep, control, caller, key, received, contents, checked_name, kind)
+    finally:
+        received.path.unlink(missing_ok=True)
 
 
-def _keep(control: Control, caller: Caller, key: str | None, received: Received, name: str, kind: Format) -> Response:
+def _keep(
+    control: Control,
+    caller: Caller,
+    key: str | None,
+    received: Received,
+    contents: Contents,
+    name: str,
+    kind: Format,
+) -> Response:
     place = received.path.parent / f"{datasets.new_dataset_id()}.{kind}"
     settled = False
 
@@ -138,15 +152,12 @@ def _keep(control: Control, caller: Caller, key: str | None, received: Received,
         return Answer(status=201, content=views.dataset(row), headers={"Location": f"/v1/datasets/{row.id}"})
 
     try:
-        contents: Contents = examine(received.path, kind, control.settings.max_row_bytes)
         content = {"name": name, "format": kind, "sha256": received.sha256}
         return once(control, caller, key, ("POST", "/v1/datasets", content), work)
     except BaseException:
         if settled:
             place.unlink(missing_ok=True)
         raise
-    finally:
-        received.path.unlink(missing_ok=True)
 
 
 @router.get(

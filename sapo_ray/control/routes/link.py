@@ -11,7 +11,6 @@ import structlog
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from sapo_ray.api.link import Assignment, DriverEvents, Orders, Received
 from sapo_ray.config.spec import JobSpec
@@ -50,7 +49,7 @@ async def _driver(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_token)],
 ) -> tuple[str, int]:
     """The attempt that the token was made for; it must be the one in the address. Raises Refused (401)."""
-    known = await run_in_threadpool(_made_for, control, credentials.credentials) if credentials is not None else None
+    known = await control.rooms.link.run(_made_for, control, credentials.credentials) if credentials else None
     if known != (job_id, attempt):
         control.telemetry.link_deliveries.labels("unauthenticated").inc()
         raise Refused(
@@ -77,7 +76,7 @@ async def deliver(request: Request, driver: Driver, control: The) -> Response:
     """Each event is stored once, however often it comes; `sequence_gap` says which comes next, `superseded` means that
     the driver must end. An empty delivery is a sign of life."""
     raw = await request.body()
-    return await run_in_threadpool(_ingest, control, driver, raw)
+    return await control.rooms.link.run(_ingest, control, driver, raw)
 
 
 def _ingest(control: Control, driver: tuple[str, int], raw: bytes) -> Response:
@@ -109,8 +108,12 @@ def _ingest(control: Control, driver: tuple[str, int], raw: bytes) -> Response:
     response_model=Assignment,
     responses=problems(401, 409, 422),
 )
-def assignment(driver: Driver, control: The) -> Response:
+async def assignment(driver: Driver, control: The) -> Response:
     """The job with its data sets' files, its folder, the tenant's secrets, and the desired state."""
+    return await control.rooms.link.run(_assigned, control, driver)
+
+
+def _assigned(control: Control, driver: tuple[str, int]) -> Response:
     job_id, attempt = driver
     with control.store.read() as session:
         row = jobs.get_job(session, None, job_id)

@@ -8,6 +8,7 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Response
+from starlette.concurrency import run_in_threadpool
 
 from sapo_ray.api.jobs import Wire
 from sapo_ray.control import views
@@ -147,7 +148,7 @@ def list_logs(caller: Reader, control: The, job_id: JobId) -> Response:
         **keyed(404),
     },
 )
-def read_log(
+async def read_log(
     caller: Reader,
     control: The,
     job_id: JobId,
@@ -158,19 +159,25 @@ def read_log(
     limit: Annotated[int, Query(ge=1, le=16 << 20, description="Most bytes.")] = 1 << 20,
 ) -> Response:
     """The output of a driver (`driver-<attempt>`) is asked of the cluster; 503 where that does not answer."""
-    row = peek(control, caller, job_id)
+    row = await run_in_threadpool(peek, control, caller, job_id)
     number = name.removeprefix(DRIVER)
     if name.startswith(DRIVER) and number.isascii() and number.isdigit() and 1 <= int(number[:9]) <= row.attempt:
-        text = control.launcher.logs(f"sapo-{row.id}-{int(number)}").encode()
+        logs = control.launcher.logs
+        text = (await control.rooms.cluster.run(logs, f"sapo-{row.id}-{int(number)}")).encode()
         start = _start(offset, len(text))
         data = text[start : start + limit]
     else:
-        with open_below(FilePath(row.run_dir) / "logs", name) as file:
-            start = _start(offset, file.seek(0, 2))
-            file.seek(start)
-            data = file.read(limit)
+        start, data = await run_in_threadpool(_part, FilePath(row.run_dir) / "logs", name, offset, limit)
     headers = {"X-Next-Offset": str(start + len(data))}
     return Response(data, headers=headers, media_type="text/plain")
+
+
+def _part(folder: FilePath, name: str, offset: int, limit: int) -> tuple[int, bytes]:
+    """Where the part begins, and its bytes."""
+    with open_below(folder, name) as file:
+        start = _start(offset, file.seek(0, 2))
+        file.seek(start)
+        return start, file.read(limit)
 
 
 def _start(offset: int, size: int) -> int:

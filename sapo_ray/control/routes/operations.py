@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
-import threading
 import time
+from collections.abc import Callable
 from typing import Literal
 
+import structlog
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -18,10 +22,15 @@ from sapo_ray.control.problems import Refused
 from sapo_ray.control.service import Control, The, respond
 from sapo_ray.control.store import StoreError
 
+log = structlog.get_logger("sapo_ray.control")
 router = APIRouter(tags=["service"])
 
-REMEMBERED_S = 1.0
+LOOK_EVERY_S = 1.0
 """These endpoints are public: however often they are asked, database and cluster are looked at once a second."""
+UNASKED_S = 30.0
+"""Nobody asked for so long: nothing is looked at until somebody does."""
+BOUNDS_S = {"database": 5.0, "disk": 5.0, "cluster": 2.0}
+"""What has not answered by then is down, until it answers."""
 Up = Literal["ok", "down"]
 
 
@@ -53,21 +62,61 @@ class Ready(Wire):
 
 
 class Readiness:
-    """The newest look at the dependencies, shared by all who ask within a second."""
+    """The newest look at the dependencies, which one task takes for all who ask. Asking takes no thread."""
 
     def __init__(self, control: Control) -> None:
+        self._looks: dict[str, Callable[[Control], Up]] = {"database": _database, "disk": _disk, "cluster": _cluster}
         self._control = control
-        self._lock = threading.Lock()
-        self._looked = -REMEMBERED_S
+        self._threads = CapacityLimiter(len(self._looks))
+        self._under_way: dict[str, asyncio.Task[Up]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._first: asyncio.Future[Ready] | None = None
         self._found: Ready | None = None
+        self._asked = 0.0
 
-    def look(self) -> Ready:
-        """At most one look at a time, and one a second."""
-        with self._lock:
-            if self._found is None or time.monotonic() - self._looked >= REMEMBERED_S:
-                self._found = _look(self._control)
-                self._looked = time.monotonic()
+    async def ask(self) -> Ready:
+        """What the newest look found; only the first who asks after a while waits for one, at most BOUNDS_S."""
+        self._asked = time.monotonic()
+        if self._task is None or self._task.done():
+            self._found, self._first = None, asyncio.get_running_loop().create_future()
+            self._task = asyncio.create_task(self._run(self._first), name="readiness")
+        if self._found is not None:
             return self._found
+        assert self._first is not None
+        return await asyncio.shield(self._first)
+
+    async def close(self) -> None:
+        """End the task, and wait for no look."""
+        for task in [self._task, *self._under_way.values()]:
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _run(self, first: asyncio.Future[Ready]) -> None:
+        self._under_way.clear()
+        while time.monotonic() - self._asked < UNASKED_S:
+            ups = await asyncio.gather(*(self._look(name) for name in self._looks))
+            self._found = _ready(Checks(**dict(zip(self._looks, ups, strict=True))))
+            if not first.done():
+                first.set_result(self._found)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self, name: str) -> Up:
+        """Ask one dependency, and not again before it has answered: one thread each, however long it takes."""
+        task = self._under_way.get(name)
+        if task is None:
+            work = to_thread.run_sync(self._looks[name], self._control, limiter=self._threads, abandon_on_cancel=True)
+            task = self._under_way[name] = asyncio.create_task(work)
+        done, _ = await asyncio.wait({task}, timeout=BOUNDS_S[name])
+        if not done:
+            return "down"
+        del self._under_way[name]
+        try:
+            return task.result()
+        except Exception:
+            log.exception("readiness", of=name)
+            return "down"
 
 
 @router.get(
@@ -85,10 +134,10 @@ async def healthz() -> Response:
     response_model=Ready,
     responses={**problems(), 503: {"description": "Not ready.", "model": Ready}},
 )
-def readyz(request: Request) -> Response:
+async def readyz(request: Request) -> Response:
     """Public, so it says no more than which: 503 if database or disk are down, 200 `degraded` if only the cluster."""
     readiness: Readiness = request.app.state.readiness
-    found = readiness.look()
+    found = await readiness.ask()
     return respond(found, 503 if found.status == "not_ready" else 200)
 
 
@@ -109,8 +158,7 @@ def metrics(caller: Admin, control: The) -> Response:
     return Response(generate_latest(control.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _look(control: Control) -> Ready:
-    checks = Checks(database=_database(control), disk=_disk(control), cluster=_cluster(control))
+def _ready(checks: Checks) -> Ready:
     if "down" in (checks.database, checks.disk):
         return Ready(status="not_ready", checks=checks)
     return Ready(status="degraded" if checks.cluster == "down" else "ready", checks=checks)
