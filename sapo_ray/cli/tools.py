@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,30 @@ from rich.console import Console
 
 from sapo_ray.cli.options import AsJson, console
 from sapo_ray.ending import user_errors
+from sapo_ray.errors import ConfigError
+
+MAX_TAU = 1e6
+"""A gate with a larger tau is a step; its numbers overflow in the end."""
+
+
+@contextmanager
+def _as_options(**names: str) -> Iterator[None]:
+    """What is wrong with a setting, in the words of the command line; `names` are options named otherwise."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        problems = []
+        for one in error.errors():
+            text = one["msg"].removeprefix("Value error, ")
+            if one["loc"]:
+                key = str(one["loc"][0])
+                text = (
+                    f"{names.get(key, '--' + key.replace('_', '-'))}: {text[:1].lower()}{text[1:]}, got {one['input']}"
+                )
+            problems.append(text)
+        raise ConfigError("; ".join(problems)) from error
 
 
 def gates(
@@ -30,6 +55,8 @@ def gates(
 ) -> None:
     """Tabulate the gates: where their weight is 1/2, the largest r w(r), their bounds; f, w and r w at some ratios."""
     with user_errors():
+        if not 0 < tau <= MAX_TAU:
+            raise ConfigError(f"--tau must be > 0 and <= {MAX_TAU:g}, got {tau}; training uses about 0.5 to 10")
         from sapo_ray.algorithms.gate_report import curve_rows, curve_table, gate_rows, gate_table, plot_gates
 
         if plot is not None:
@@ -75,15 +102,16 @@ def grade(
         from sapo_ray.config.spec import VerifierSpec
         from sapo_ray.verifier.offline import grade_file
 
-        spec = VerifierSpec(
-            processes=processes,
-            deadline_s=deadline,
-            answer=answer,
-            reward=reward,
-            format_reward=format_reward,
-            memory_mb=memory_mb,
-            max_answer_chars=max_answer_chars,
-        )
+        with _as_options(deadline_s="--deadline"):
+            spec = VerifierSpec(
+                processes=processes,
+                deadline_s=deadline,
+                answer=answer,
+                reward=reward,
+                format_reward=format_reward,
+                memory_mb=memory_mb,
+                max_answer_chars=max_answer_chars,
+            )
         terminal = Console(stderr=True)
         with terminal.status("grading") if terminal.is_terminal else nullcontext() as status:
             report = (lambda rows: status.update(f"grading: {rows} rows done")) if status else None

@@ -34,6 +34,8 @@ def parse(text: str, source: str) -> Any:
         if twice:
             raise ConfigError("\n".join(f"{source}, {one}" for one in twice))
         return loader.construct_document(root)
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply to be read; a job is three levels deep") from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{source}{_line(error.problem_mark)}: not valid YAML: {_syntax(error)}") from None
     except yaml.YAMLError as error:

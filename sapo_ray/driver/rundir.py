@@ -37,6 +37,14 @@ def new_run_dir(spec: JobSpec) -> Path:
         raise ConfigError(
             f"run_dir {path} holds a run already; go on with it by `sapo-ray resume {path}`, or name another folder"
         )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {path} cannot be made ({error.strerror}); name a folder that is there, or one that may be made"
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir {path} cannot be written to by this user; name another folder")
     return path.absolute()
 
 

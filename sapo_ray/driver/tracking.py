@@ -49,7 +49,7 @@ def _step(path: Path, number: int, line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}, row {number}: not a row of metrics ({error}); remove the line, or the file: training does not read it"
+            f"{path}, row {number}: not a row of metrics ({error}); remove the line, or the file"
         ) from error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sapo_ray.config.spec import VerifierSpec
-from sapo_ray.errors import DataError
+from sapo_ray.errors import ConfigError, DataError
 from sapo_ray.types import Grading, Verdict
 from sapo_ray.verifier.jobs import GradingItem
 from sapo_ray.verifier.supervisor import GradingProcesses
@@ -53,8 +53,10 @@ async def grade_rows(
 
     Raises:
         DataError: a line is not a JSON object, or a field is missing or not text; names file and line.
-        ConfigError and others: see GradingProcesses.start.
+        ConfigError: `out_path` is a folder; and others: see GradingProcesses.start.
     """
+    if out_path.is_dir():
+        raise ConfigError(f"{out_path} is a folder; name the file that the graded rows are to be written to")
     for _ in _rows(in_path):
         pass
     processes = GradingProcesses(spec)

@@ -128,3 +128,53 @@ def test_grading_adds_verdict_reason_and_seconds_to_every_row(tmp_path: Path) ->
     assert [row["reason"] for row in graded][1:] == ["no_answer", "timeout"]
     assert graded[0]["id"] == 7
     assert all(row["seconds"] >= 0 for row in graded)
+
+
+def refused(*arguments: str) -> str:
+    """The one line that a command is refused with."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    heading, message, *rest = result.output.strip().splitlines()
+    assert (heading, rest) == ("error: ConfigError", [])
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--reward", "bad"), ("verifier.reward must be `module:function`, got 'bad'", "write")),
+        (("--deadline", "inf"), ("--deadline: ", "finite number", "got inf")),
+    ],
+)
+def test_a_setting_of_grading_that_cannot_be_is_one_line(
+    tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"completion": "5", "gold": "5"}\n')
+    message = refused("grade", str(source), str(tmp_path / "out.jsonl"), *options)
+    assert [word for word in words if word not in message] == []
+
+
+def test_grading_into_a_folder_is_refused_before_anything_is_graded(tmp_path: Path) -> None:
+    assert "is a folder; name the file" in refused("grade", str(tmp_path / "absent.jsonl"), str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/run"])
+def test_a_run_dir_that_cannot_be_a_folder_is_named_with_the_way_out(tmp_path: Path, data: Path, place: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    message = train(f"run_dir={tmp_path / place}", f"data.train.0.path={data}")
+    assert f"run_dir {tmp_path / place} cannot be made" in message.replace("\n", "")
+    assert "name a folder" in message
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "a: " + "{b: " * 3000 + "1" + "}" * 3000])
+def test_yaml_nested_without_end_is_one_line(tmp_path: Path, text: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(text)
+    assert f"{job}: nested too deeply to be read" in refused("validate", str(job))
+
+
+@pytest.mark.parametrize("tau", ["inf", "1e300"])
+def test_gates_without_a_finite_temperature_are_refused(tau: str) -> None:
+    assert f"--tau must be > 0 and <= 1e+06, got {float(tau)}" in refused("gates", "--tau", tau)

@@ -9,6 +9,7 @@ import pytest
 from fakes import job
 
 from sapo_ray.driver import run
+from sapo_ray.driver.result import finished_steps
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, superseded, write_spec
 from sapo_ray.driver.tracking import MetricsFile
 from sapo_ray.errors import CheckpointError, ConfigError, SapoRayError
@@ -85,4 +86,4 @@ def test_metrics_of_an_abandoned_lineage_are_taken_out_on_resume(tmp_path: Path)
 def test_a_damaged_result_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"result\.json is damaged"):
-        run._finished_steps(tmp_path)
+        finished_steps(tmp_path)
