@@ -56,7 +56,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not integration and not slow and not gpu"
+	$(BIN)/python -m pytest tests/unit -m "not integration and not slow and not gpu"
 
 check: setup
 	$(BIN)/ruff format --check $(PATHS)
