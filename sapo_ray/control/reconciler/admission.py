@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import structlog
 
-from sapo_ray.control.reconciler import queries
+from sapo_ray.control.reconciler import conditions, queries
 from sapo_ray.control.reconciler.hooks import Hooks
 from sapo_ray.control.reconciler.limits import Limits
 from sapo_ray.control.reconciler.tokens import write_token
 from sapo_ray.control.reconciler.views import JobView
 from sapo_ray.control.store import Lease, Store, attempts, jobs, leases
+
+MOST_A_ROUND = 500
+"""Waiting jobs that one round tells of a change."""
 
 log = structlog.get_logger("sapo_ray.control.reconciler")
 
@@ -50,10 +53,26 @@ class Admission:
         with self._store.read() as s:
             return queries.tenants_that_wait(s)
 
-    def hold(self, reason: str) -> None:
-        """Nobody is admitted: say why."""
-        for tenant in self.tenants():
-            self._explain(tenant, reason)
+    def hold(self, condition: str, reason: str) -> None:
+        """Nobody is admitted: say why, as the reason and as a condition. So many a round that rounds stay short."""
+        with self._store.read() as s:
+            if not queries.is_anybody_unexplained(s, reason):
+                return
+        with self._store.begin() as s:
+            for row in queries.jobs_to_hold(s, reason, MOST_A_ROUND):
+                row.reason = reason
+                conditions.raise_condition(s, row, condition, reason, self._clock())
+
+    def release(self, condition: str) -> bool:
+        """What held them is over: take the condition from those that still wait. Whether all were reached."""
+        with self._store.read() as s:  # as a rule there is nobody
+            if not queries.waiting_with(s, condition, 1, lock=False):
+                return True
+        with self._store.begin() as s:
+            found = queries.waiting_with(s, condition, MOST_A_ROUND)
+            for row in found:
+                conditions.clear_conditions(s, row)
+        return len(found) < MOST_A_ROUND
 
     def admit(self, tenant: str) -> list[Admitted]:
         """Admit as many jobs of a tenant as may run now. Each is one transaction."""

@@ -66,6 +66,8 @@ class Reconciler:
         self._admission = Admission(store, self.holder, limits, self._hooks, clock)
         self._leases: dict[str, Lease] = {}
         self._unreachable: str | None = None
+        self._held = True
+        """Jobs may wait with the condition that the cluster cannot be reached."""
         self._housekeeping_due = 0.0
 
     def run(self, stop: threading.Event) -> None:
@@ -85,11 +87,14 @@ class Reconciler:
         self._mind_the_gap()
         self._unreachable = self._ping()
         if self._unreachable is None:
+            if self._held:
+                self._held = not self._admission.release(conditions.LAUNCHER_UNAVAILABLE)
             for tenant in self._admission.tenants():
                 for admitted in self._admission.admit(tenant):
                     self._leases[admitted.job.id] = admitted.lease
         else:
-            self._admission.hold(UNREACHABLE)
+            self._held = True
+            self._admission.hold(conditions.LAUNCHER_UNAVAILABLE, UNREACHABLE)
         with self._store.read() as s:
             found = queries.jobs_to_look_at(s, self.holder, self._clock())
         for job_id in found:
@@ -101,6 +106,7 @@ class Reconciler:
         if self._clock() >= self._housekeeping_due:
             self._housekeeping_due = self._clock() + self._limits.housekeeping_s
             self._discard_files()
+            self._held = True  # another replica may have held jobs, and died
         self._last_round = self._clock()
         self._hooks.round_over(self._last_round)
 

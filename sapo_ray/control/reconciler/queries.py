@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from sqlalchemy import and_, exists, or_, select, text, update
+from sqlalchemy import Text, and_, exists, or_, select, text, update
+from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session
 
 from sapo_ray.api.jobs import LIVE
@@ -66,6 +67,26 @@ def is_unexplained(s: Session, tenant: str, reason: str) -> bool:
     return bool(
         s.scalar(select(exists().where(JobRow.tenant == tenant, JobRow.state == "queued", JobRow.reason != reason)))
     )
+
+
+def is_anybody_unexplained(s: Session, reason: str) -> bool:
+    """Whether a queued job has another reason than this."""
+    return bool(s.scalar(select(exists().where(JobRow.state == "queued", JobRow.reason != reason))))
+
+
+def jobs_to_hold(s: Session, reason: str, most: int) -> list[JobRow]:
+    """Queued jobs that wait without this reason yet, locked, always in the same order."""
+    query = select(JobRow).where(JobRow.state == "queued", JobRow.reason != reason).order_by(JobRow.id).limit(most)
+    return list(s.scalars(query.with_for_update(key_share=True).execution_options(populate_existing=True)))
+
+
+def waiting_with(s: Session, condition: str, most: int, *, lock: bool = True) -> list[JobRow]:
+    """Queued and paused jobs with a condition, locked, always in the same order."""
+    said = cast_to(JobRow.conditions, Text).contains(f'"{condition}"', autoescape=True)
+    query = select(JobRow).where(JobRow.state.in_(["paused", "queued"]), said).order_by(JobRow.id).limit(most)
+    if lock:
+        query = query.with_for_update(key_share=True).execution_options(populate_existing=True)
+    return list(s.scalars(query))
 
 
 def lock_queue(s: Session, tenant: str) -> None:

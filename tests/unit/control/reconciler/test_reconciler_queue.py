@@ -76,6 +76,35 @@ def test_nobody_leaves_the_queue_while_the_cluster_is_away(world: World) -> None
     assert world.job(id).state == "starting"
 
 
+def test_jobs_that_wait_for_the_cluster_say_so_once_and_are_told_once_that_it_is_back(world: World) -> None:
+    first, *_, waits = [world.submit() for _ in range(3)]
+    world.cluster.available = False
+    world.tick(3)
+    for id in (first, waits):
+        [condition] = world.job(id).conditions
+        assert (condition["type"], condition["reason"]) == ("LauncherUnavailable", "the cluster cannot be reached")
+    world.cluster.available = True
+    world.tick(3)
+    assert [world.job(id).state for id in (first, waits)] == ["starting", "queued"]
+    for id in (first, waits):
+        assert world.job(id).conditions == []
+        assert [event.data for event in world.events(id) if event.kind == "condition"] == [
+            {"condition": "LauncherUnavailable", "reason": "the cluster cannot be reached"},
+            {"condition": "LauncherUnavailable", "cleared": True},
+        ]
+    assert world.job(waits).reason == "2 of at most 2 jobs of this tenant are running"
+
+
+def test_a_job_that_was_paused_while_the_cluster_was_away_is_told_too(world: World) -> None:
+    id = world.submit()
+    world.cluster.available = False
+    world.tick()
+    world.ask(id, "pause")
+    world.cluster.available = True
+    world.tick()
+    assert (world.job(id).state, world.job(id).conditions) == ("paused", [])
+
+
 def test_reasons_of_waiting_jobs_are_written_only_when_they_change(world: World) -> None:
     for _ in range(3):
         id = world.submit()
