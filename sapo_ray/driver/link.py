@@ -5,6 +5,7 @@
     every INTERVAL_S, if only with an empty batch, which is the heartbeat; at once after a step or a transition
     no answer            training goes on; the same batch again after a pause, RETRY_S at most
     answer lost, gap     on from the number that the control plane names: each event is stored once, in order
+    event refused        after TRIES a note with its number goes in its place, and those behind it follow
     superseded           the journal is fenced, the run ends at once
     token refused        training goes on for REFUSED_S; then the run ends as if it were paused, with a checkpoint
 
@@ -21,11 +22,11 @@ import threading
 import time
 from typing import Any
 
-from sapo_ray.api.link import MAX_BATCH
+from sapo_ray.api.link import MAX_BATCH, Received
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.outbox import Outbox
-from sapo_ray.driver.wire import CALL_S, Away, Refusals, SequenceGap, TooLarge, Unauthorized, Wire
+from sapo_ray.driver.wire import CALL_S, Away, Refusals, SequenceGap, TooLarge, Unacceptable, Unauthorized, Wire
 from sapo_ray.errors import ResourceError, SapoRayError, Superseded, TrainingFailed
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ FLUSH_S = 60.0
 """What the last events of an attempt may take to be delivered; SAPO_LINK_FLUSH_S sets it."""
 RETRY_S = 10.0
 """Longest pause between two attempts while it does not."""
+TRIES = 3
+"""A batch that was refused so often for what is in it is sent event by event."""
 SMALL_FIELD = 500
 """Characters of a field that is kept when one event alone is too large for the control plane."""
 URGENT = ("step", "transition")
@@ -50,6 +53,10 @@ class Link:
         self._flush_s = float(os.environ.get("SAPO_LINK_FLUSH_S", FLUSH_S))
         self._next = 1
         self._count = MAX_BATCH
+        self._unacceptable = 0
+        """Refusals in a row of the batch that is next."""
+        self._singly_until = 0
+        """Events before this number go one by one."""
         self._refusals = Refusals()
         self._released = False
         self._wake = threading.Event()
@@ -137,7 +144,8 @@ class Link:
             self._journal.sync_now()
         except ResourceError as error:  # the run's own writes raise it too; what is on the disk can still be shipped
             log.warning("%s", error)
-        events = self._outbox.batch(self._next, self._journal.durable, self._count)
+        count = 1 if self._next < self._singly_until else self._count
+        events = self._outbox.batch(self._next, self._journal.durable, count)
         first = self._next
         try:
             received = self._wire.deliver(first, events)
@@ -151,6 +159,9 @@ class Link:
                 self._count = len(events) // 2
                 return True
             received = self._deliver_small(first, events, error)
+        except Unacceptable as error:
+            received = self._deliver_instead(first, events, error)
+        self._unacceptable = 0
         self._refusals.clear()
         self._released = False
         self._count = min(MAX_BATCH, 2 * self._count)
@@ -160,14 +171,30 @@ class Link:
             raise Away(f"it answers, but does not store event {first}")
         return bool(events) and self._next <= self._journal.seq
 
-    def _deliver_small(self, first: int, events: list[dict[str, Any]], error: TooLarge) -> Any:
+    def _deliver_instead(self, first: int, events: list[dict[str, Any]], error: Unacceptable) -> Received:
+        """Find the event that is refused, and send a note of it: those after it must not wait for ever."""
+        self._unacceptable += 1
+        if not events or (self._unacceptable < TRIES and first >= self._singly_until):
+            raise Away(str(error)) from error
+        if len(events) > 1:
+            self._singly_until = first + len(events)
+            raise Away(f"{error}; events {first} to {self._singly_until - 1} are sent one by one") from error
+        kept = {key: events[0][key] for key in ("time", "attempt", "seq", "kind", "state") if key in events[0]}
+        try:
+            received = self._wire.deliver(first, [kept | {"refused": True, "reason": str(error)[:SMALL_FIELD]}])
+        except (Unacceptable, TooLarge, SequenceGap) as again:
+            raise Away(str(again)) from again
+        log.error("the control plane refused event %d (%s): %s", first, events[0].get("kind"), error)
+        return received
+
+    def _deliver_small(self, first: int, events: list[dict[str, Any]], error: TooLarge) -> Received:
         """An event that does not fit goes without its long fields: those after it must not wait for ever."""
         if not events:
             raise Away(str(error)) from error
         kept = {key: value for key, value in events[0].items() if len(str(value)) <= SMALL_FIELD}
         try:
             return self._wire.deliver(first, [kept | {"shortened": sorted(events[0].keys() - kept.keys())}])
-        except TooLarge as again:
+        except (TooLarge, Unacceptable, SequenceGap) as again:
             raise Away(str(again)) from again
 
     def _go_to(self, number: int) -> None:

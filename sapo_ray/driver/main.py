@@ -31,7 +31,7 @@ from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.link import Link
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.rundir import begin_attempt, hold_within, read_stored
-from sapo_ray.driver.wire import Away, Refusals, SequenceGap, TooLarge, Unauthorized, Wire
+from sapo_ray.driver.wire import Away, Refusals, SequenceGap, TooLarge, Unacceptable, Unauthorized, Wire
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, Superseded
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def fetch(wire: Wire) -> Assignment:
     while True:
         try:
             return wire.assignment()
-        except (Away, SequenceGap, TooLarge) as error:
+        except (Away, SequenceGap, TooLarge, Unacceptable) as error:
             tries += 1
             if isinstance(error, Unauthorized) and refusals.add():
                 raise Superseded(

@@ -4,8 +4,11 @@
 409 superseded            Superseded      another attempt has the run
 409 sequence_gap          SequenceGap     go on from the number it names
 413                       TooLarge        send less at once
+422, 400 of its own       Unacceptable    it does not take an event as it is
 401 unauthenticated       Unauthorized    not this attempt's token, or no such job
 anything else             Away            503, a proxy's page, no connection, no answer in time: try again later
+
+Fields that this version does not know are passed over: a control plane is upgraded while drivers run.
 
 A status counts with the control plane's own problem code only: proxies have 401s, 404s and 409s of their own.
 """
@@ -47,7 +50,7 @@ class Unauthorized(Away):
 
 
 class Refusals:
-    """Refused tokens since one was taken. A control plane that came back with an older database may get the newer one."""
+    """Refused tokens since one was taken: a control plane may be without its database's newest part for a while."""
 
     def __init__(self) -> None:
         self.within_s = float(os.environ.get("SAPO_LINK_REFUSED_S", REFUSED_S))
@@ -68,6 +71,10 @@ class Refusals:
 
 class TooLarge(Exception):
     """The batch is larger than the receiver takes."""
+
+
+class Unacceptable(Exception):
+    """Something in the batch is not as the receiver wants it; it will not be the next time either."""
 
 
 class SequenceGap(Exception):
@@ -96,7 +103,7 @@ class Wire:
         """What this driver is to do."""
         body = self._call("GET", "assignment")
         try:
-            return Assignment.model_validate(body)
+            return Assignment.model_validate(body, extra="ignore")
         except ValidationError as error:
             raise Away(f"its assignment is not understood: {error}") from error
 
@@ -105,7 +112,7 @@ class Wire:
         delivery = DriverEvents(first_seq=first_seq, events=events)
         body = self._call("POST", "events", delivery.model_dump_json().encode())
         try:
-            return Received.model_validate(body)
+            return Received.model_validate(body, extra="ignore")
         except ValidationError as error:
             raise Away(f"its answer is not understood: {error}") from error
 
@@ -138,9 +145,18 @@ class Wire:
         if status == 413:
             return TooLarge(f"it takes less at once: {problem.get('detail', 'status 413')}")
         reason = f"status {status} {code or ''}: {problem.get('detail', '')}".strip(" :")
+        if status in (400, 422) and isinstance(code, str):
+            return Unacceptable(_what_is_wrong(reason, problem))
         if status == 401 and code == "unauthenticated":
             return Unauthorized(reason)
         return Away(reason, _seconds(response.headers.get("Retry-After")))
+
+
+def _what_is_wrong(reason: str, problem: dict[str, Any]) -> str:
+    """With the first of the fields that are named."""
+    errors = problem.get("errors")
+    first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
+    return f"{reason} ({first.get('param')}: {first.get('detail')})" if first else reason
 
 
 def _json(text: bytes) -> Any:

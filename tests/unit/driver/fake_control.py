@@ -30,13 +30,17 @@ class FakeControl:
     orders: dict[str, Any] = field(default_factory=orders)
     assignment: dict[str, Any] = field(default_factory=dict)
     faults: deque[str] = field(default_factory=deque)
-    """What befalls the next calls: 503, 429, proxy, login or gateway (their 401), refused (401), lost, late, nonsense."""
+    """What befalls next calls: 503, 429, proxy, login or gateway (its 401), refused (ours), lost, late, nonsense."""
     stored: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """By attempt; exactly what a store would hold."""
     newest: int = 1
     """Attempt that is not superseded."""
     largest: int = 1 << 20
     """Bytes of a body."""
+    accepts: Callable[[dict[str, Any]], bool] = lambda event: True
+    """A batch with an event that it does not accept is refused whole."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Fields of answers that drivers do not know yet."""
     on_event: Callable[[dict[str, Any]], None] | None = None
     calls: int = 0
     heartbeats: int = 0
@@ -84,7 +88,11 @@ class FakeControl:
         self.calls += 1
         if (answer := self._refusal(attempt, request)) is not None:
             return answer
-        return {"job_id": job, "attempt": attempt, "secrets": {}, "orders": self.orders} | self.assignment
+        return (
+            {"job_id": job, "attempt": attempt, "secrets": {}, "orders": self.orders | self.more}
+            | self.assignment
+            | self.more
+        )
 
     async def _events(self, job: str, attempt: int, request: Request) -> Any:
         self.calls += 1
@@ -101,6 +109,8 @@ class FakeControl:
         assert {event["attempt"] for event in events} <= {attempt}
         if first > len(stored) + 1:
             return problem(409, "sequence_gap", expected=len(stored) + 1)
+        if not all(self.accepts(event) for event in events):
+            return problem(422, "invalid_request", errors=[{"param": "events[0].step", "detail": "of another shape"}])
         self.heartbeats += not events
         self.batches.append(len(events))
         for event in events[len(stored) + 1 - first :]:
@@ -111,7 +121,7 @@ class FakeControl:
             return HTMLResponse("<h1>502</h1>", 502)
         if fault == "late":
             await asyncio.sleep(1.0)
-        return {"next_seq": len(stored) + 1, "orders": self.orders}
+        return {"next_seq": len(stored) + 1, "orders": self.orders | self.more} | self.more
 
     def _refusal(self, attempt: int, request: Request) -> Any:
         fault = self.faults.popleft() if self.faults else ""

@@ -281,6 +281,54 @@ def test_batches_shrink_to_what_the_control_plane_takes(control: FakeControl, tm
     assert (shortened["step"], shortened["kind"]) == (7, "step"), "its place is kept, and what is short"
 
 
+def test_an_event_that_is_refused_leaves_a_note_with_its_number_and_those_behind_it_arrive(
+    control: FakeControl, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    control.accepts = lambda event: event.get("step") != "bad"
+    driver = Driver(control, tmp_path)
+    with caplog.at_level(logging.ERROR):
+        driver.events(4)
+        driver.events(1, step="bad")
+        driver.events(30)
+        driver.events(1, kind="transition", state="succeeded", step="bad")
+        driver.end()
+    assert [event["seq"] for event in control.events()] == list(range(1, 37))
+    assert [event["kind"] for event in control.events()] == ["step"] * 35 + ["transition"]
+    note, last = control.events()[4], control.events()[35]
+    assert set(note) == {"time", "attempt", "seq", "kind", "refused", "reason"}
+    assert note["refused"] is True
+    assert "422 invalid_request" in note["reason"]
+    assert "events[0].step: of another shape" in note["reason"]
+    assert (last["refused"], last["state"]) == (True, "succeeded"), "how the run ended is not lost"
+    assert [event["number"] for event in control.events() if "number" in event] == [*range(4), *range(30)]
+    assert "refused event 5 (step)" in caplog.text
+    assert "refused event 36 (transition)" in caplog.text
+
+
+def test_a_batch_that_is_refused_for_a_moment_arrives_whole(control: FakeControl, tmp_path: Path) -> None:
+    refused: list[int] = []
+
+    def accepts(event: dict[str, Any]) -> bool:
+        refused.append(event["seq"])
+        return len(refused) > 2
+
+    control.accepts = accepts
+    driver = Driver(control, tmp_path)
+    driver.events(20)
+    driver.end()
+    assert numbers(control) == list(range(20))
+
+
+def test_answers_may_have_fields_that_this_version_does_not_know(control: FakeControl, tmp_path: Path) -> None:
+    control.more = {"introduced": {"later": True}}
+    driver = Driver(control, tmp_path)
+    driver.events(2)
+    driver.end()
+    assert numbers(control) == [0, 1]
+    control.assignment = {"run_dir": "/run", "spec": {}}
+    assert Wire(control.url, "job-1", 1, TOKEN).assignment().run_dir == "/run"
+
+
 def test_events_that_could_not_be_delivered_in_time_are_named_and_kept(
     control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
