@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastapi import Depends, Request
@@ -53,6 +54,22 @@ class Caller:
         return bool(self.scopes & {"admin", scope})
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
+class Held:
+    """Something that a caller holds open, for as long as the key is valid."""
+
+    key_id: str
+    revoked: bool = False
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def revoke(self) -> None:
+        """From any thread."""
+        self.revoked = True
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.news.set)
+
+
 class Gate:
     """Finds the caller of a request, and counts what each may ask for."""
 
@@ -61,6 +78,9 @@ class Gate:
         self._operator_tenant = settings.operator_tenant
         self._buckets = Buckets(settings.rate_per_s, settings.rate_burst)
         self._known: OrderedDict[str, tuple[float, Caller]] = OrderedDict()
+        self._held: dict[str, set[Held]] = {}
+        self._seen: dict[str, float] = {}
+        """When the key of something held was last found valid."""
         self._lock = threading.Lock()
 
     async def caller(self, secret: str | None, client: str) -> Caller:
@@ -77,10 +97,50 @@ class Gate:
         return found
 
     def forget(self, key_id: str) -> None:
-        """Look the key up again at its next use."""
+        """Look the key up again at its next use; what is held open with it ends."""
         with self._lock:
+            for held in self._held.get(key_id, ()):
+                held.revoke()
             for hashed in [hashed for hashed, (_, caller) in self._known.items() if caller.key_id == key_id]:
                 del self._known[hashed]
+
+    @contextlib.contextmanager
+    def hold(self, key_id: str, every_s: float, ended: Callable[[], None]) -> Iterator[Held]:
+        """While something is open that the key opened. `ended` is called on the loop once the key is not valid any
+        more: at once if it is forgotten here, else found within `every_s`."""
+        held = Held(key_id=key_id)
+        with self._lock:
+            self._held.setdefault(key_id, set()).add(held)
+        guard = asyncio.create_task(self._guard(held, every_s, ended), name="guard of a key")
+        try:
+            yield held
+        finally:
+            guard.cancel()
+            with self._lock:
+                self._held[key_id].discard(held)
+                if not self._held[key_id]:
+                    del self._held[key_id]
+                    self._seen.pop(key_id, None)
+
+    async def _guard(self, held: Held, every_s: float, ended: Callable[[], None]) -> None:
+        while not held.revoked:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(held.news.wait(), every_s)
+            if time.monotonic() - self._seen.get(held.key_id, -CACHE_S) < CACHE_S:
+                continue  # another of this key's has just looked
+            with contextlib.suppress(StoreUnavailable):  # nothing comes down the stream either
+                if not held.revoked and not await run_in_threadpool(self._valid, held.key_id):
+                    self.forget(held.key_id)
+        ended()
+
+    def _valid(self, key_id: str) -> bool:
+        began = time.monotonic()
+        with self._store.read() as session:
+            row = session.get(KeyRow, key_id)
+            valid = row is not None and row.revoked_at is None and _lives(row.expires_at)
+        if valid:
+            self._seen[key_id] = began
+        return valid
 
     def _cached(self, hashed: str) -> Caller | None:
         with self._lock:

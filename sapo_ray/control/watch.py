@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -97,12 +97,17 @@ class Watcher:
                 headers={"Retry-After": "10"},
             )
 
-    async def stream(self, tenant: str, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
-        """Events beyond `after`, in order and without a gap, until the job has ended and all were sent."""
+    async def stream(
+        self, tenant: str, job_id: str, after: int, revoked: Callable[[], bool] = lambda: False
+    ) -> AsyncGenerator[ServerSentEvent, None]:
+        """Events beyond `after`, in order and without a gap, until the job has ended and all were sent.
+
+        Or until `revoked`: whoever brings that about calls `wake`.
+        """
         with self._watch(tenant, job_id) as watched:
             yield ServerSentEvent(retry=2000, comment="events of " + job_id)
             position, failures, look = after, 0, True
-            while True:
+            while not revoked():
                 news = watched.news
                 look = look or watched.gone
                 known = watched.after(position)
@@ -120,6 +125,8 @@ class Watcher:
                     if ended and not lines:
                         return
                 for line in lines:
+                    if revoked():
+                        return
                     yield ServerSentEvent(data=line.text, id=str(line.id), sep="\n")
                     position = line.id
                     look = look or line.may_end
@@ -130,6 +137,13 @@ class Watcher:
         """Events of the job were stored just now: look at once if anybody watches it. From any thread."""
         if job_id in self._jobs and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._nudged.set)
+
+    def wake(self, job_id: str) -> None:
+        """Let the job's streams look whether they still may go on. On the loop's thread."""
+        watched = self._jobs.get(job_id)
+        if watched is not None:
+            watched.news.set()
+            watched.news = asyncio.Event()
 
     async def close(self) -> None:
         """End the task; streams end with their connections."""
@@ -190,8 +204,7 @@ class Watcher:
                 watched.tail.clear()
             watched.tail.extend(lines)
             watched.told = newest
-            watched.news.set()
-            watched.news = asyncio.Event()
+            self.wake(job_id)
 
     def _news(self, positions: dict[str, int | None]) -> tuple[dict[str, tuple[int, list[Line]]], set[str]]:
         """Jobs with events beyond what was told: the newest id now known, and the events in between. And jobs gone."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from api_parts import Connect, brought_to, deliver, problem, started, submitted
 from api_server import ADMIN_KEY, ServerProcess
 from starlette.testclient import TestClient
 
-from sapo_ray.control.store import Store, events, jobs
+from sapo_ray.control.store import Store, events, jobs, keys
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -302,3 +303,48 @@ def test_what_a_driver_delivers_is_on_the_streams_before_the_next_tick(connect: 
         for first, state in ((1, "running"), (2, "succeeded")):
             assert deliver(client, ours, token, first, {"kind": "transition", "state": state}).status_code == 200
         assert '"state":"succeeded"' in stream.result(30).text
+
+
+def watched_until_cut_off(server: ServerProcess, job_id: str, secret: str, cut: Callable[[], object]) -> float:
+    """Seconds from `cut`, done once the stream has begun, to the stream's end."""
+    headers = {"Authorization": f"Bearer {secret}", **STREAM}
+    with httpx.stream("GET", f"{server.url}/v1/jobs/{job_id}/events", headers=headers, timeout=20) as answer:
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        while not next(lines).startswith("data: "):
+            pass
+        cut()
+        began = time.monotonic()
+        for line in lines:  # of the heartbeats, too, there is an end
+            assert time.monotonic() - began < 30, line
+    answer = httpx.get(f"{server.url}/v1/jobs/{job_id}/events", headers=headers, timeout=20)
+    assert answer.status_code == 401
+    return time.monotonic() - began
+
+
+def test_a_stream_ends_with_its_key_whoever_revoked_it_and_when_it_expires(
+    server: ServerProcess, behind: Store, http: httpx.Client
+) -> None:
+    job_id = new_job(http)
+
+    def made(**more: Any) -> tuple[str, str]:
+        answer = http.post("/v1/api-keys", json={"name": "a watcher's", "scopes": ["read"], **more}).json()
+        return answer["id"], answer["secret"]
+
+    def revoked_elsewhere() -> None:
+        with behind.begin() as session:
+            row = keys.get_key(session, None, key_id)
+            assert row is not None
+            keys.revoke(session, row)
+
+    key_id, secret = made()
+    watched_until_cut_off(server, job_id, secret, lambda: http.delete(f"/v1/api-keys/{key_id}"))
+    key_id, secret = made()
+    watched_until_cut_off(server, job_id, secret, revoked_elsewhere)
+    soon = datetime.now(UTC) + timedelta(seconds=3)
+    _, secret = made(expires_at=soon.isoformat())
+    watched_until_cut_off(server, job_id, secret, lambda: None)
+    still = {"Authorization": f"Bearer {ADMIN_KEY}", **STREAM}
+    with httpx.stream("GET", f"{server.url}/v1/jobs/{job_id}/events", headers=still, timeout=20) as answer:
+        lines = answer.iter_lines()
+        assert sum(next(lines).startswith(": alive") for _ in range(60)) > 10  # others' keys go on

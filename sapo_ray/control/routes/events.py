@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
@@ -21,10 +23,12 @@ router = APIRouter(prefix="/v1/jobs", tags=["watch"])
 
 SEND_S = 30.0
 """A reader that takes nothing for so long is cut off; it comes back with Last-Event-ID."""
+LOOK_AGAIN_S = 15.0
+"""A key revoked on another replica, or expired, keeps its streams at most so long, and as long as keys are cached."""
 _STREAM = """\
 Events as server-sent events: `id:` is the event's id, `data:` the event as in the page. A comment comes every 15 s. The
-stream ends after the last event of a job that has ended. Reconnect with Last-Event-ID: no event is left out, none
-comes twice. 204 if the job has ended and there is no further event."""
+stream ends after the last event of a job that has ended, and with its key. Reconnect with Last-Event-ID: no event is
+left out, none comes twice. 204 if the job has ended and there is no further event."""
 
 
 @router.get(
@@ -72,12 +76,22 @@ async def list_events(
         return Response(status_code=204)
     control.watcher.admit(caller.tenant)
     return EventSourceResponse(
-        control.watcher.stream(caller.tenant, job_id, position),
+        _stream(control, caller, job_id, position),
         ping=control.settings.stream_heartbeat_s,
         ping_message_factory=lambda: ServerSentEvent(comment="alive", sep="\n"),
         send_timeout=SEND_S,
         sep="\n",
     )
+
+
+async def _stream(control: Control, caller: Caller, job_id: str, position: int) -> AsyncIterator[ServerSentEvent]:
+    """The watcher's, as long as the key is valid."""
+    every_s = min(LOOK_AGAIN_S, control.settings.stream_heartbeat_s)
+    with control.gate.hold(caller.key_id, every_s, lambda: control.watcher.wake(job_id)) as held:
+        stream = control.watcher.stream(caller.tenant, job_id, position, lambda: held.revoked)
+        async with contextlib.aclosing(stream) as told:
+            async for event in told:
+                yield event
 
 
 def _position(last_event_id: str | None, after: int) -> int:
