@@ -61,6 +61,7 @@ TITLES = {
     "invalid_dataset": "The data set is wrong",
     "range_not_satisfiable": "The range lies beyond the file",
     "rate_limited": "Too many requests",
+    "quota_exceeded": "More than the tenant may have",
     "internal": "A bug in the service",
     "unavailable": "Not available for the moment",
     "disk_full": "Not enough disk",

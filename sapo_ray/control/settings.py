@@ -65,6 +65,10 @@ class Settings(BaseSettings):
 
     max_running_per_tenant: Count = 4
     """Jobs of a tenant that may run at once; others wait in the queue."""
+    max_queued_per_tenant: Count = 1000
+    """Jobs of a tenant that may wait in the queue; a submission beyond is refused."""
+    max_dataset_bytes_per_tenant: Count = 20480 * MEBI
+    """What a tenant's data sets may have together; an upload beyond is refused."""
     heartbeat_timeout_s: Seconds = 60.0
     """A driver not heard of for so long is replaced."""
     start_deadline_s: Seconds = 300.0

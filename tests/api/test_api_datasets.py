@@ -170,6 +170,18 @@ def test_too_little_space_is_refused_before_anything_is_written(connect: Connect
     assert client.get("/readyz").json()["checks"]["disk"] == "down"
 
 
+def test_data_sets_beyond_what_a_tenant_may_keep_are_refused_and_leave_nothing(connect: Connect) -> None:
+    row = b'{"question": "q", "answer": "a"}\n'
+    client = connect(max_dataset_bytes_per_tenant=2 * len(row))
+    first = upload(client, row).json()["id"]
+    assert upload(client, row).status_code == 201
+    before = left(client)
+    problem(upload(client, row), 409, "quota_exceeded")
+    assert left(client) == before
+    assert client.delete(f"/v1/datasets/{first}").status_code == 204
+    assert upload(client, row).status_code == 201
+
+
 def test_an_upload_repeated_with_its_key_is_one_data_set(acme: TestClient) -> None:
     key = {"headers": {"Idempotency-Key": "u1"}}
     first, again = upload(acme, ROWS, **key), upload(acme, ROWS, **key)

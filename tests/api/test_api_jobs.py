@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from api_parts import QUICKSTART, brought_to, problem, run_dir, started, submitted
+from api_parts import QUICKSTART, Connect, brought_to, problem, run_dir, started, submitted
 from starlette.testclient import TestClient
 
 from sapo_ray.config.load import resolve
@@ -185,6 +185,15 @@ def test_deleting_removes_job_events_and_files_and_only_when_the_job_has_ended(a
     problem(acme.get(f"/v1/jobs/{job_id}"), 404, "not_found")
     problem(acme.delete(f"/v1/jobs/{job_id}"), 404, "not_found")
     assert acme.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_submission_beyond_the_queue_of_a_tenant_is_refused_until_there_is_room(connect: Connect) -> None:
+    client = connect(max_queued_per_tenant=2)
+    first, _ = submitted(client), submitted(client)
+    found = problem(client.post("/v1/jobs", json=QUICKSTART), 409, "quota_exceeded")
+    assert found["detail"] == "2 jobs of this tenant are queued, of at most 2"
+    client.post(f"/v1/jobs/{first}:cancel")
+    submitted(client)
 
 
 def test_a_job_whose_driver_is_still_exiting_is_not_deleted_yet(acme: TestClient, store: Store) -> None:

@@ -36,6 +36,8 @@ class Limits:
     """Pause between two rounds over all jobs."""
     housekeeping_s: float = 30.0
     """Pause between two searches for files of discarded jobs."""
+    sweep_s: float = 600.0
+    """Pause between two sweeps of idempotency keys that are older than a day."""
 
     def retry_delay(self, restarts: int) -> float:
         """Wait before replacement number `restarts + 1`."""

@@ -28,7 +28,17 @@ from sapo_ray.control.reconciler.hooks import Hooks
 from sapo_ray.control.reconciler.limits import Limits
 from sapo_ray.control.reconciler.tokens import read_token
 from sapo_ray.control.reconciler.views import AttemptView, JobView, Seen
-from sapo_ray.control.store import Lease, LeaseLost, Store, StoreUnavailable, attempts, events, jobs, leases
+from sapo_ray.control.store import (
+    Lease,
+    LeaseLost,
+    Store,
+    StoreUnavailable,
+    attempts,
+    events,
+    idempotency,
+    jobs,
+    leases,
+)
 
 log = structlog.get_logger("sapo_ray.control.reconciler")
 
@@ -68,7 +78,7 @@ class Reconciler:
         self._unreachable: str | None = None
         self._held = True
         """Jobs may wait with the condition that the cluster cannot be reached."""
-        self._housekeeping_due = 0.0
+        self._housekeeping_due = self._sweep_due = 0.0
 
     def run(self, stop: threading.Event) -> None:
         """Go round until `stop` is set; no error ends it."""
@@ -107,6 +117,9 @@ class Reconciler:
             self._housekeeping_due = self._clock() + self._limits.housekeeping_s
             self._discard_files()
             self._held = True  # another replica may have held jobs, and died
+        if self._clock() >= self._sweep_due:
+            self._sweep_due = self._clock() + self._limits.sweep_s
+            self._sweep()
         self._last_round = self._clock()
         self._hooks.round_over(self._last_round)
 
@@ -243,6 +256,17 @@ class Reconciler:
                         events.append_control_event(s, row, "discarded", what=dropped)
             except Exception as error:  # noqa: BLE001 - see tick
                 self._note_failure(error, job.id)
+
+    def _sweep(self) -> None:
+        """Idempotency keys that are no longer kept; what is left over waits for the next sweep."""
+        try:
+            with self._store.read() as s:
+                due = idempotency.any_old(s, self._clock())
+            if due:
+                with self._store.begin() as s:
+                    idempotency.sweep(s, self._clock())
+        except Exception as error:  # noqa: BLE001 - see tick
+            self._note_failure(error)
 
     def _note_failure(self, error: Exception, job_id: str | None = None) -> None:
         kind = next((name for kinds, name in _KINDS if isinstance(error, kinds)), "bug")

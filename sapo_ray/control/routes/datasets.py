@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 
 from sapo_ray.api.jobs import TERMINAL
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.control import confine, views
+from sapo_ray.control import confine, quotas, views
 from sapo_ray.control.access import Caller, Reader, Submitter
 from sapo_ray.control.documents import headers, keyed
 from sapo_ray.control.problems import Refused, invalid, not_found
@@ -135,6 +135,7 @@ def _keep(
 
     def work(session: Session) -> Answer:
         nonlocal settled
+        quotas.check_datasets(session, caller.tenant, received.bytes, control.settings)
         settle(received.path, place)
         settled = True
         row = datasets.add(

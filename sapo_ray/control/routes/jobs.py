@@ -11,7 +11,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from sapo_ray.api.jobs import Job, Labels, Scale, State, Whole, Wire
-from sapo_ray.control import body, specs, views
+from sapo_ray.control import body, quotas, specs, views
 from sapo_ray.control.access import Reader, Submitter
 from sapo_ray.control.documents import ETAG, MADE, changing, json_body, keyed
 from sapo_ray.control.service import (
@@ -98,6 +98,7 @@ def submit(
         found.append(specs.checked(control, caller, submission.spec))
 
     def work(session: Session) -> Answer:
+        quotas.check_queue(session, caller.tenant, control.settings)
         spec = found[0]
         scale = _scale(spec.rollout.workers)
         row = jobs.create_job(

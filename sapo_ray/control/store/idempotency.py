@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CursorResult, delete, select, update
+from sqlalchemy import CursorResult, delete, exists, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from sapo_ray.control.store.errors import KeyInFlight, KeyReused
@@ -83,9 +83,16 @@ def abandon(s: Session, tenant: str, key: str) -> None:
     )
 
 
-def sweep(s: Session, now: float) -> int:
-    """Forget keys that are older than a day. Returns how many."""
-    old = delete(IdempotencyRow).where(IdempotencyRow.created_at < now - KEPT_S)
+def any_old(s: Session, now: float) -> bool:
+    """Whether `sweep` would find something."""
+    return bool(s.scalar(select(exists().where(IdempotencyRow.created_at < now - KEPT_S))))
+
+
+def sweep(s: Session, now: float, most: int = 5000) -> int:
+    """Forget keys that are older than a day, at most so many. Returns how many."""
+    key = tuple_(IdempotencyRow.tenant, IdempotencyRow.key)
+    found = select(IdempotencyRow.tenant, IdempotencyRow.key).where(IdempotencyRow.created_at < now - KEPT_S)
+    old = delete(IdempotencyRow).where(key.in_(found.limit(most)))
     result = s.execute(old.execution_options(synchronize_session=False))
     assert isinstance(result, CursorResult)
     return result.rowcount

@@ -9,7 +9,7 @@ import pytest
 from reconciler_world import LIMITS, World
 
 from sapo_ray.control.launcher import LaunchStatus
-from sapo_ray.control.store import StoreUnavailable, leases
+from sapo_ray.control.store import IdempotencyRow, StoreUnavailable, idempotency, leases
 
 
 def test_one_jobs_error_does_not_keep_the_others_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,15 @@ def test_a_replica_that_lost_its_lease_writes_nothing(world: World) -> None:
     world.tick()
     assert world.job(id).state == "running"
     assert world.attempt(id).state == "launched"
+
+
+def test_idempotency_keys_older_than_a_day_are_swept(world: World) -> None:
+    with world.store.begin() as s:
+        idempotency.claim(s, "t", "old", "POST", "/v1/jobs", "h", world.clock() - 2 * 86_400)
+        idempotency.claim(s, "t", "new", "POST", "/v1/jobs", "h", world.clock())
+    world.tick()
+    with world.store.read() as s:
+        assert [row.key for row in s.query(IdempotencyRow)] == ["new"]
 
 
 def test_an_idle_round_writes_nothing(world: World) -> None:

@@ -183,6 +183,7 @@ def test_answers_are_forgotten_after_a_day(store: Store) -> None:
         assert idempotency.claim(s, *request, now=86_399) is not None
         assert idempotency.claim(s, *request, now=86_400) is None
         idempotency.finish(s, "acme", "key-1", 201, {})
+        assert idempotency.sweep(s, now=2 * 86_400 + 1, most=0) == 0
         assert idempotency.sweep(s, now=2 * 86_400 + 1) == 1
 
 
