@@ -17,7 +17,11 @@ START_S = 60
 
 
 class NoServer(Exception):
-    """PostgreSQL is not installed, or cannot be run here."""
+    """PostgreSQL is not installed: tests that need it are skipped."""
+
+
+class BrokenServer(Exception):
+    """PostgreSQL is installed and does not run: tests that need it fail, or nobody would know that they did not run."""
 
 
 class PostgresServer:
@@ -35,7 +39,7 @@ class PostgresServer:
         done = subprocess.run(command, capture_output=True, user=self._user, cwd=self.folder, timeout=120, check=False)
         if done.returncode != 0:
             self.remove()
-            raise NoServer(f"initdb failed: {done.stderr.decode()[-500:]}")
+            raise BrokenServer(f"initdb failed: {done.stderr.decode()[-500:]}")
 
     @property
     def _data(self) -> str:
@@ -85,7 +89,7 @@ class PostgresServer:
             except psycopg.OperationalError as error:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     said = (self.folder / "log").read_text()[-500:]
-                    raise NoServer(f"postgres did not start: {error}; {said}") from error
+                    raise BrokenServer(f"postgres did not start: {error}; {said}") from error
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -116,4 +120,4 @@ def _unprivileged_user() -> str | None:
     try:
         return pwd.getpwnam("postgres").pw_name
     except KeyError as error:
-        raise NoServer("we are root, PostgreSQL refuses root, and there is no user `postgres`") from error
+        raise BrokenServer("we are root, PostgreSQL refuses root, and there is no user `postgres`") from error
