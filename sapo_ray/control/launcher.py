@@ -23,6 +23,10 @@ CONNECT_S = 3.0
 """Bound of the wait for a connection to Ray's dashboard."""
 CALL_S = 20.0
 """Bound of one call of the Jobs API; a head that has just started lets a submission wait for its agent."""
+MOST_BYTES = 4 << 20
+"""Largest answer that is read; Ray's are a few kilobytes."""
+MOST_LOG_BYTES = 64 << 20
+"""Largest log that is read: Ray gives a log only as a whole. A longer one stays in the cluster."""
 MESSAGE_LINES = 20
 """Last lines of a driver's log that are kept as the reason of its end."""
 MESSAGE_CHARS = 1500
@@ -168,14 +172,21 @@ class RayJobs:
 
     def logs(self, submission_id: str) -> str:
         """What the driver printed so far; see Launcher."""
-        answer = self._call("GET", f"/api/jobs/{quote(submission_id)}/logs", accept=(404,))
+        answer = self._call("GET", f"/api/jobs/{quote(submission_id)}/logs", accept=(404,), most=MOST_LOG_BYTES)
         return "" if _is_absent(answer) else _parse(answer, _Logs).logs
 
     def _call(
-        self, method: str, path: str, *, json: Mapping[str, object] | None = None, accept: tuple[int, ...] = ()
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Mapping[str, object] | None = None,
+        accept: tuple[int, ...] = (),
+        most: int = MOST_BYTES,
     ) -> httpx.Response:
         try:
-            answer = self._http.request(method, path, json=json)
+            with self._http.stream(method, path, json=json) as coming:
+                answer = _read(coming, most)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise LauncherUnavailable(
                 f"Ray's Jobs API at {_shown(self._http.base_url)} cannot be reached ({type(error).__name__}: {error}); "
@@ -218,6 +229,19 @@ def _parse(answer: httpx.Response, shape: type[_Shape]) -> _Shape:
         return shape.model_validate_json(answer.content)
     except ValidationError as error:
         raise LauncherUnavailable(f"{_shown(answer.request.url)} answered what is not Ray's: {error}") from error
+
+
+def _read(coming: httpx.Response, most: int) -> httpx.Response:
+    """The whole answer. Raises LauncherUnavailable for one of more than `most` bytes, before it fills the memory."""
+    parts: list[bytes] = []
+    size = 0
+    for part in coming.iter_bytes():
+        size += len(part)
+        if size > most:
+            raise LauncherUnavailable(f"{_shown(coming.request.url)} answered with more than {most} bytes")
+        parts.append(part)
+    headers = [pair for pair in coming.headers.multi_items() if pair[0] == "content-type"]
+    return httpx.Response(coming.status_code, headers=headers, content=b"".join(parts), request=coming.request)
 
 
 def _shown(url: httpx.URL) -> str:

@@ -129,3 +129,19 @@ def test_workers_are_those_of_the_newest_attempt_as_last_reported(acme: TestClie
         ("rollout-0", "worker_ready", 2, {"version": "2.0"}),
         ("rollout-1", "worker_lost", 2, {"reason": "killed"}),
     ]
+
+
+def test_of_too_many_reports_about_workers_the_newest_count(
+    acme: TestClient, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sapo_ray.control.routes import scale
+
+    monkeypatch.setattr(scale, "MOST_EVENTS", 2)
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    said = [
+        {"kind": "worker", "what": what, "worker": "rollout-0"} for what in ("worker_ready",) * 3 + ("worker_lost",)
+    ]
+    assert deliver(acme, job_id, token, 1, *said).status_code == 200
+    [worker] = acme.get(f"/v1/jobs/{job_id}/workers").json()["data"]
+    assert worker["state"] == "worker_lost"

@@ -19,7 +19,7 @@ from sapo_ray.control.store import events, jobs
 router = APIRouter(prefix="/v1/jobs", tags=["control"])
 
 MOST_EVENTS = 10_000
-"""Events about workers that are read back."""
+"""Newest events about workers that are read back."""
 
 
 class Worker(Wire):
@@ -101,10 +101,10 @@ def list_workers(caller: Reader, control: The, job_id: JobId) -> Response:
     newest: dict[str, Worker] = {}
     with control.store.read() as session:
         row = find(session, caller, job_id)
-        for event in events.list_events(session, job_id, 0, MOST_EVENTS, kinds={"worker"}):
+        for event in events.newest_of_kind(session, job_id, row.attempt, "worker", MOST_EVENTS):
             data = dict(event.data)
             name = data.pop("worker", None)
-            if event.attempt == row.attempt and name is not None:
+            if name is not None and str(name) not in newest:
                 newest[str(name)] = Worker(
                     id=str(name),
                     state=str(data.pop("what", "unknown")),

@@ -82,6 +82,12 @@ def list_events(
     return list(s.scalars(query.order_by(EventRow.id).limit(limit)))
 
 
+def newest_of_kind(s: Session, job_id: str, attempt: int, kind: str, limit: int) -> list[EventRow]:
+    """An attempt's newest events of a kind, newest first."""
+    query = select(EventRow).where(EventRow.job_id == job_id, EventRow.attempt == attempt, EventRow.kind == kind)
+    return list(s.scalars(query.order_by(EventRow.id.desc()).limit(limit)))
+
+
 def newest_ids(s: Session, job_ids: Iterable[str]) -> dict[str, int]:
     """Id of each job's newest event. Jobs that are gone are left out."""
     wanted = sorted(set(job_ids))
