@@ -103,7 +103,7 @@ def resolve(spec: AlgorithmSpec, max_new_tokens: int, temperature: float) -> Obj
 
 def advice(spec: JobSpec) -> list[str]:
     """Warnings on settings that are allowed but defeat their purpose; empty when there is nothing to say."""
-    return [*_gate_advice(spec.algorithm), *_ratio_advice(spec), *_unused(spec.algorithm)]
+    return [*_gate_advice(spec.algorithm), *_ratio_advice(spec), *_unused(spec.algorithm), *_deadline_advice(spec)]
 
 
 def _is_soft(algorithm: AlgorithmSpec) -> bool:
@@ -148,6 +148,16 @@ def _ratio_advice(spec: JobSpec) -> list[str]:
             " consider algorithm.restoring: true, gate: clip, fewer updates per step, or old_logprobs: decoupled"
         ]
     return []
+
+
+def _deadline_advice(spec: JobSpec) -> list[str]:
+    batch, group = spec.deadlines.batch_s, spec.rollout.group_deadline_s
+    if batch > 2 * group:
+        return []
+    return [
+        f"deadlines.batch_s ({batch:g} s) is not above twice rollout.group_deadline_s ({group:g} s): one slow prompt"
+        " ends the run before it is repeated and quarantined; raise the former or lower the latter"
+    ]
 
 
 def _unused(algorithm: AlgorithmSpec) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from sapo_ray.api.jobs import Whole, Wire
 
@@ -21,7 +21,13 @@ class DriverEvents(Wire):
     """As journalled: time (Unix seconds), attempt, seq, kind, and the kind's own fields."""
 
 
-class Orders(Wire):
+class FromControl(Wire):
+    """What the driver reads. A newer control plane may say more than this driver knows: that is not refused."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Orders(FromControl):
     """What the driver should bring about."""
 
     state: Literal["run", "pause", "cancel"]
@@ -36,7 +42,7 @@ class Orders(Wire):
     """Of the job, for the log."""
 
 
-class Received(Wire):
+class Received(FromControl):
     """Answer to a delivery."""
 
     next_seq: int
@@ -45,7 +51,7 @@ class Received(Wire):
     """Newest desired state."""
 
 
-class Assignment(Wire):
+class Assignment(FromControl):
     """What a driver needs to begin."""
 
     job_id: str

@@ -39,7 +39,7 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.batch import Batch, batch_metrics, sample_rows, stale_by_length
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector
-from sapo_ray.driver.evaluation import Evaluation, evaluate
+from sapo_ray.driver.evaluation import Evaluation, evaluate, evaluation_settings
 from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import Ended, Ending, StandingOrders
@@ -140,7 +140,7 @@ class Driver:
                 ending=ending,
                 abandoned=abandoned,
                 steps=self._published.manifest.version.number,
-                before=self._before,
+                before=self._comparable_before(),
                 after=after,
                 seconds=dict(self._seconds),
                 published=self._published,
@@ -177,6 +177,14 @@ class Driver:
         for tracker in self._trackers[1:]:  # metrics.jsonl has one row a step; its last one is written
             tracker.log(self._step, self._evaluation_metrics)
         return after
+
+    def _comparable_before(self) -> Evaluation | None:
+        """A resume may change what is evaluated; then the accuracy before training is that of something else."""
+        if self._before is None or self._before.compares_with(evaluation_settings(self._spec)):
+            return self._before
+        reason = "evaluation.* changed since the accuracy before training was measured: there is none to compare with"
+        self._journal.event("condition", condition="NotComparable", reason=reason)
+        return None
 
     async def _pause(self) -> Ending:
         """Nothing more is issued; what still runs may finish, and is kept in the checkpoint."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from math import sqrt
 from typing import Any
 
@@ -45,6 +47,12 @@ class Evaluation:
     sampled: Accuracy | None
     by_source: dict[str, dict[str, Accuracy]]
     """`greedy` and `sampled` of each source by itself, where there are several."""
+    settings: str = ""
+    """Of `evaluation_settings`; empty in checkpoints of before there was such a thing."""
+
+    def compares_with(self, settings: str) -> bool:
+        """Whether an evaluation under `settings` measures the same."""
+        return self.settings in ("", settings)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -148,7 +156,15 @@ async def evaluate(
         by_source={name: {kind: rows[name] for kind, rows in sources.items()} for name in names}
         if len(names) > 1
         else {},
+        settings=evaluation_settings(spec),
     )
+
+
+def evaluation_settings(spec: JobSpec) -> str:
+    """16 hex digits over what decides an accuracy beside the weights: sources, prompts, sampling."""
+    decide = spec.evaluation.model_dump(mode="json", exclude={"every"})
+    decide["max_new_tokens"] = spec.evaluation.max_new_tokens or spec.rollout.max_new_tokens
+    return blake2b(json.dumps(decide, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def read_evaluation(values: dict[str, Any]) -> Evaluation:
@@ -161,6 +177,7 @@ def read_evaluation(values: dict[str, Any]) -> Evaluation:
         by_source={
             name: {kind: Accuracy(**one) for kind, one in kinds.items()} for name, kinds in values["by_source"].items()
         },
+        settings=values.get("settings", ""),
     )
 
 

@@ -164,13 +164,13 @@ def _finite(value: Any) -> Any:
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """All whole lines of a journal, oldest first. A torn last line (a crash in mid-write) is left out."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise CheckpointError(f"{path}:{number}: not a journal line ({error}); the file was damaged") from error
 
 
@@ -182,7 +182,12 @@ def last_attempt(path: Path) -> int:
         end = _line_start(file, file.seek(0, os.SEEK_END))  # a torn line after it may be being written
         file.seek(_line_start(file, max(0, end - 1)))
         line = file.read(end - file.tell())
-    return int(json.loads(line)["attempt"]) if line else 0
+    try:
+        return int(json.loads(line)["attempt"]) if line else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the last line of {path} is no journal line ({error}); the file was damaged: remove that line"
+        ) from error
 
 
 def _cut_torn_tail(path: Path) -> None:

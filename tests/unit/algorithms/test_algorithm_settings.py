@@ -127,3 +127,12 @@ def test_decoupled_staleness_alone_needs_no_restoring() -> None:
 def test_advice_needs_no_torch() -> None:
     code = "import sys, sapo_ray.algorithms.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("batch_s", "said"), [(1200.0, 1), (1201.0, 0)])
+def test_a_batch_that_ends_before_a_slow_prompt_can_be_given_up_is_advised_against(batch_s: float, said: int) -> None:
+    spec = job()
+    spec = spec.model_copy(update={"deadlines": spec.deadlines.model_copy(update={"batch_s": batch_s})})
+    got = advice(spec)
+    assert len(got) == said
+    assert all(f"deadlines.batch_s ({batch_s:g} s)" in one and "rollout.group_deadline_s (600 s)" in one for one in got)

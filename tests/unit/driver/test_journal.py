@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sapo_ray.driver.journal import Journal, read_journal
+from sapo_ray.driver.journal import Journal, last_attempt, read_journal
 from sapo_ray.errors import CheckpointError, ResourceError, Superseded
 
 
@@ -154,3 +154,18 @@ def test_half_of_a_surrogate_pair_is_replaced_and_the_journal_stays_writable(tmp
     assert (first["reason"], first["whole"]) == ("bad \ufffd name", "é😀")
     assert first["metrics"] == {"\ufffd": None}
     assert (second["kind"], second["seq"]) == ("step", 2)
+
+
+@pytest.mark.parametrize("line", [b"{}", b"nonsense", b"\xff\xfe", b"[1]"])
+def test_a_damaged_last_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"attempt": 1}\n' + line + b"\n")
+    with pytest.raises(CheckpointError, match=r"the last line of .*journal\.jsonl is no journal line"):
+        last_attempt(path)
+
+
+def test_a_line_that_is_not_text_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"attempt": 1}\n\xff\xfe\n')
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl:2: not a journal line"):
+        list(read_journal(path))

@@ -250,3 +250,18 @@ async def test_a_driver_superseded_while_its_learner_saves_does_not_move_the_poi
     with pytest.raises(TrainingFailed, match=r"attempt 1 of .* was superseded"):
         await bench.attempt(1)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000001"
+
+
+@pytest.mark.parametrize(("changed", "compared"), [({"every": 7}, True), ({"limit": 5}, False)])
+async def test_after_is_compared_only_with_a_before_of_the_same_evaluation(
+    tmp_path: Path, changed: dict[str, int], compared: bool
+) -> None:
+    held_out = [Prompt(id="eval/t:0:0", index=0, source="t", text="", token_ids=(1,), gold="0")]
+    first = Bench(tmp_path, job(), learner=FakeLearner(fail_at=3), evaluation=held_out)
+    with pytest.raises(WorkerLost):
+        await first.attempt(1)
+    outcome = await first.next_life(spec=job(evaluation=changed)).attempt(2)
+    assert outcome.after is not None
+    assert (outcome.before is not None) == compared
+    told = [r["condition"] for r in first.journal("condition")]
+    assert told == ([] if compared else ["NotComparable"])

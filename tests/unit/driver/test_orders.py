@@ -11,7 +11,7 @@ import pytest
 from fake_control import orders
 from fakes import Bench, FakeLearner, job
 
-from sapo_ray.api.link import Orders
+from sapo_ray.api.link import Orders, Received
 from sapo_ray.driver import orders as standing
 from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.errors import Superseded
@@ -203,3 +203,9 @@ async def test_a_timeout_of_the_body_itself_stays_one() -> None:
     desk.receive(order(state="cancel"))  # nothing is left that it could cut short
     async with desk.heeded(lambda _: None):
         await asyncio.sleep(0)
+
+
+def test_a_control_plane_that_says_more_than_this_driver_knows_is_understood() -> None:
+    orders = {"state": "pause", "discard": False, "rollout_workers": 2, "checkpoint_request": 0, "generation": 3}
+    received = Received.model_validate({"next_seq": 8, "orders": orders | {"drain": True}, "hint": "later"})
+    assert (received.next_seq, received.orders.state) == (8, "pause")
