@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.dependencies.utils import get_flat_dependant
@@ -25,6 +25,7 @@ from sapo_ray.control.ratelimit import Buckets
 from sapo_ray.control.settings import Settings
 from sapo_ray.control.store import KeyRow, Store, StoreUnavailable, keys
 
+T = TypeVar("T")
 Scope = Literal["read", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "submit", "admin")
 CACHE_S = 5.0
@@ -89,12 +90,34 @@ class Gate:
             self._count(f"address {client}")
             raise _unauthenticated("no API key came with the request")
         hashed = hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
-        found = self._cached(hashed) or await run_in_threadpool(self._find, secret, hashed)
+        found = self._cached(hashed)
         if found is None:
-            self._count(f"address {client}")
+            with self.guess(client) as known:
+                found = known(await run_in_threadpool(self._find, secret, hashed))
+        if found is None:
             raise _unauthenticated("the API key is not valid: it is unknown, was revoked, or has expired")
         self._count(found.key_id)
         return found
+
+    @contextlib.contextmanager
+    def guess(self, client: str) -> Iterator[Callable[[T | None], T | None]]:
+        """Around the look for a secret: only one that is not known counts for the address that sent it.
+
+        It counts beforehand, so that no more look at once than may. Raises Refused (429).
+        """
+        name, good = f"address {client}", True
+
+        def known(found: T | None) -> T | None:
+            nonlocal good
+            good = found is not None
+            return found
+
+        self._count(name)
+        try:
+            yield known
+        finally:
+            if good:
+                self._buckets.give_back(name)
 
     def forget(self, key_id: str) -> None:
         """Look the key up again at its next use; what is held open with it ends."""
@@ -182,7 +205,7 @@ class Gate:
             raise Refused(
                 429,
                 "rate_limited",
-                "this key sends more requests than it may",
+                "this key, or this address without a valid one, sends more requests than it may",
                 hint="wait as long as Retry-After says; watch jobs through their event streams",
                 headers={"Retry-After": str(math.ceil(wait))},
             )

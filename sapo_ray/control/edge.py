@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import structlog
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sapo_ray.control.problems import Refused, respond, unforeseen
@@ -17,6 +19,10 @@ from sapo_ray.control.problems import Refused, respond, unforeseen
 log = structlog.get_logger("sapo_ray.control.requests")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+BODY_S = 30.0
+"""Longest wait for the next part of a body."""
+GONE = 499
+"""Counted for a client that hung up before its request was whole; nobody is there to be sent it."""
 Observer = Callable[[str, str, int, float], None]
 """Told of every answer: method, route, status, seconds to its end."""
 
@@ -55,6 +61,7 @@ class _Exchange:
         self._id = request_id
         self._limit = limit
         self._received = 0
+        self._whole = False
         self._status = 0
         self._began = time.perf_counter()
 
@@ -64,6 +71,9 @@ class _Exchange:
             if announced.isdigit() and int(announced) > self._limit:
                 raise self._too_large()
             await app(self._scope, self.receive, self.send)
+        except ClientDisconnect:
+            self._status = GONE
+            log.debug("client_gone", received=self._received)
         except Exception as error:
             request = Request(self._scope)
             if self._status:
@@ -76,7 +86,17 @@ class _Exchange:
 
     async def receive(self) -> Message:
         """As the server's, counting: what is too long is refused while it comes, not after."""
-        message = await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), None if self._whole else BODY_S)
+        except TimeoutError:
+            raise Refused(
+                408,
+                "stalled",
+                f"nothing more of the body came for {BODY_S:g} s; {self._received} bytes had",
+                hint="send the request again",
+                headers={"Connection": "close"},
+            ) from None
+        self._whole = not message.get("more_body", False)
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             if self._received > self._limit:

@@ -3,6 +3,9 @@
 It is a process of its own (`ray start --head --block`) and outlives a service that is killed, so that training goes on;
 the next service with the same data folder finds it by `ray.json` and goes on with it. A service that ends in order ends
 it: exactly the processes that were started, found by a mark in their environment, and its temporary folder.
+
+Whoever reaches a Ray cluster can run code in it, so this one wants a token, which lies in the data folder for this user
+alone. Its processes and the drivers are given the file's path.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from sapo_ray.errors import DeadlineExceeded, ResourceError
 log = structlog.get_logger("sapo_ray.control.embedded")
 
 RECORD = "ray.json"
+TOKEN = "ray.token"
 LEAST_CPUS = 16
 """Logical: each actor of a job takes one, and on a small machine they share the real ones."""
 START_S = 120.0
@@ -51,7 +55,10 @@ class Stopped(Exception):
 
 
 class EmbeddedRay:
-    """The cluster of one data folder; one service at a time may hold it (see serve.py's lock)."""
+    """The cluster of one data folder; one service at a time may hold it (see serve.py's lock).
+
+    `token` is what it wants to be shown; it stays the same for all clusters of the folder.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         if find_spec("ray") is None:
@@ -61,6 +68,8 @@ class EmbeddedRay:
             )
         self._path = data_dir / RECORD
         self._log = data_dir / "ray.log"
+        self._token_file = data_dir / TOKEN
+        self.token = _token(self._token_file)
         self._record: Record | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -74,7 +83,7 @@ class EmbeddedRay:
         """Go on with the cluster that is there, or start one. Raises ResourceError, DeadlineExceeded, Stopped."""
         found = self._read()
         if found is not None:
-            if is_alive(found) and _answers(found):
+            if is_alive(found) and self._why_not(found) is None:
                 log.info("cluster_found", pid=found.pid, url=found.url)
                 self._record = found
                 return
@@ -147,7 +156,7 @@ class EmbeddedRay:
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
-                env=_environment(record.mark),
+                env=_environment(record.mark, self._token_file),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -164,16 +173,28 @@ class EmbeddedRay:
     def _until_it_answers(self, record: Record, stop: threading.Event) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_S
-        while not _answers(record):
+        while (why := self._why_not(record)) is not None:
             if self._process.poll() is not None:
                 raise ResourceError(
                     f"Ray ended while it started (exit code {self._process.returncode}); the end of {self._log}:\n"
                     + "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
                 )
             if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"Ray's dashboard did not answer within {START_S:.0f} s; see {self._log}")
+                raise DeadlineExceeded(
+                    f"Ray's dashboard did not answer as it should within {START_S:.0f} s, at last: {why}; "
+                    f"its own log ends with:\n{_end_of_dashboard_log(record)}"
+                )
             if stop.wait(0.2):
                 raise Stopped
+
+    def _why_not(self, record: Record) -> str | None:
+        """What keeps the cluster from answering, or None."""
+        try:
+            with RayJobs(record.url, token=self.token) as jobs:
+                jobs.ping()
+        except LauncherUnavailable as error:
+            return str(error)
+        return None
 
     def _write(self, record: Record) -> None:
         draft = self._path.with_suffix(".new")
@@ -204,17 +225,28 @@ def object_store_bytes() -> int:
     return size
 
 
-def _environment(mark: str) -> dict[str, str]:
+def _token(path: Path) -> str:
+    """The cluster's token, made when there is none."""
+    if not path.exists():
+        draft = path.with_suffix(".new")
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        os.replace(draft, path)
+    return path.read_text()
+
+
+def _environment(mark: str, token_file: Path) -> dict[str, str]:
     """This process's, without what is the service's own business: its secrets, and another cluster's address."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name != "RAY_ADDRESS" and (not name.startswith("SAPO_") or name.startswith("SAPO_LINK_"))
+        if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+        and (not name.startswith("SAPO_") or name.startswith("SAPO_LINK_"))
     }
-    # An auth token in the home directory would switch token authentication on for this private cluster.
-    kept.setdefault("RAY_AUTH_MODE", "disabled")
     return kept | {
         MARK: mark,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # drivers were stopped before
@@ -222,13 +254,12 @@ def _environment(mark: str) -> dict[str, str]:
     }
 
 
-def _answers(record: Record) -> bool:
+def _end_of_dashboard_log(record: Record) -> str:
+    """Kept in the error, because the folder goes with the cluster."""
     try:
-        with RayJobs(record.url) as jobs:
-            jobs.ping()
-    except LauncherUnavailable:
-        return False
-    return True
+        return "\n".join((Path(record.folder) / "r/session_latest/logs/dashboard.log").read_text().splitlines()[-5:])
+    except OSError as error:
+        return f"(no log: {error})"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -55,6 +55,7 @@ TITLES = {
     "key_reused": "The idempotency key was used for another request",
     "stale_etag": "The job was changed meanwhile",
     "too_large": "Too large",
+    "stalled": "The body stopped coming",
     "unsupported_media_type": "The body is of another kind",
     "invalid_job": "The job is wrong",
     "invalid_request": "The request is wrong",

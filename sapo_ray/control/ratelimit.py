@@ -34,3 +34,10 @@ class Buckets:
             if len(self._buckets) > REMEMBERED:
                 self._buckets.popitem(last=False)
         return 0.0 if allowed else (1 - level) / self._rate
+
+    def give_back(self, name: str) -> None:
+        """What was taken for something that does not count after all."""
+        with self._lock:
+            level, filled = self._buckets.get(name, (self._burst, 0.0))
+            if name in self._buckets:
+                self._buckets[name] = (min(self._burst, level + 1), filled)

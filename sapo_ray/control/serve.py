@@ -29,6 +29,7 @@ from sapo_ray.control import logs
 from sapo_ray.control.access import first_admin_key
 from sapo_ray.control.app import create_app
 from sapo_ray.control.embedded import EmbeddedRay, Stopped
+from sapo_ray.control.http import configured
 from sapo_ray.control.launcher import RayJobs
 from sapo_ray.control.reconciler import Hooks, Limits, Reconciler
 from sapo_ray.control.reconciler.standing_down import stand_down
@@ -105,6 +106,7 @@ def serve(over: Mapping[str, Any] | None = None) -> None:
             RayJobs(
                 cluster.url if cluster else settings.ray_jobs_url,
                 python=settings.driver_python or (sys.executable if cluster else "python"),
+                token=_token(settings, cluster),
             )
         )
         app = create_app(settings, store, launcher)
@@ -139,8 +141,7 @@ def _run(
     ending: Ending,
 ) -> None:
     """HTTP on this thread, reconciler and its guard on theirs, until the guard has ended all in order."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=REQUESTS_S)
-    server = Server(config)
+    server = Server(configured(app, timeout_graceful_shutdown=REQUESTS_S))
     rounds = threading.Thread(target=reconciler.run, args=(ending.asked,), name="reconciler", daemon=True)
     failed: list[str] = []
 
@@ -192,6 +193,12 @@ def _stand_down(store: Store, launcher: RayJobs, reconciler: Reconciler, ending:
         return
     if left:
         log.warning("drivers_left", jobs=left)
+
+
+def _token(settings: Settings, cluster: EmbeddedRay | None) -> str | None:
+    if cluster is not None:
+        return cluster.token
+    return settings.ray_auth_token.get_secret_value() if settings.ray_auth_token else None
 
 
 def _wants_own(settings: Settings) -> bool:

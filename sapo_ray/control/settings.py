@@ -40,6 +40,8 @@ class Settings(BaseSettings):
     """Where drivers reach this service; http://host:port if empty."""
     ray_jobs_url: str = "http://127.0.0.1:8265"
     """Ray dashboard, whose Jobs API starts the drivers; if it is not set at all, a Ray is started on this machine."""
+    ray_auth_token: SecretStr | None = None
+    """Token of the cluster at ray_jobs_url, if it runs with Ray's token authentication."""
     driver_python: str = ""
     """Interpreter that starts drivers on the head node; if empty `python`, for a Ray started here this one."""
     secrets_dir: Path | None = None

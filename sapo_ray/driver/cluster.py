@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +42,9 @@ def ray_for(spec: JobSpec, weight_bytes: int, logs: Path | None) -> Iterator[Non
         finally:
             ray.shutdown()
         return
-    # An auth token in the home directory would switch token authentication on for this private cluster.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Whoever reaches a Ray cluster can run code in it. With a token, Ray wants it of everybody.
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Two weight buffers, the payloads of all outstanding groups, and headroom.
     store = max(512 << 20, int(2.2 * weight_bytes) + (256 << 20))
     check_shared_memory(store)

@@ -106,6 +106,7 @@ def _serve(data_dir: str, database_url: str, port: str) -> None:
     from sapo_ray.control import logs
     from sapo_ray.control.access import first_admin_key
     from sapo_ray.control.app import create_app
+    from sapo_ray.control.http import configured
     from sapo_ray.control.settings import load_settings
     from sapo_ray.control.store import Store
 
@@ -115,7 +116,7 @@ def _serve(data_dir: str, database_url: str, port: str) -> None:
     store.migrate()
     first_admin_key(store, settings)
     app = create_app(settings, store, FakeCluster())  # type: ignore[arg-type]
-    uvicorn.run(app, host="127.0.0.1", port=int(port), log_config=None, timeout_graceful_shutdown=3)
+    uvicorn.Server(configured(app, host="127.0.0.1", port=int(port), timeout_graceful_shutdown=3)).run()
 
 
 if __name__ == "__main__":

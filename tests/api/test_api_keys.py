@@ -166,3 +166,20 @@ def test_a_key_is_usable_again_when_its_bucket_has_filled(connect: Connect) -> N
     deadline = time.monotonic() + 10
     while client.get("/v1/models").status_code != 200:
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/link/job-22222222222222222222/1/assignment"])
+def test_wrong_tokens_are_limited_before_the_store_is_asked(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    client = connect(rate_per_s=0.01, rate_burst=5)
+    assert [client.get("/v1/jobs").status_code for _ in range(4)] == [200] * 4
+    asked = []
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self: (asked.append(1), read(self))[1])
+    wrong = {"Authorization": "Bearer sapo_wrong"}
+    answers = [client.get(path, headers=wrong) for _ in range(12)]
+    assert [one.status_code for one in answers] == [401] * 5 + [429] * 7
+    assert len(asked) == 5
+    assert int(answers[-1].headers["Retry-After"]) > 0
+    assert client.get("/v1/jobs").status_code == 200  # a key that is known does not count

@@ -50,7 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRay]:
 
 @pytest.fixture
 def jobs(cluster: EmbeddedRay) -> Iterator[RayJobs]:
-    with RayJobs(cluster.url, python=sys.executable) as jobs:
+    with RayJobs(cluster.url, python=sys.executable, token=cluster.token) as jobs:
         yield jobs
 
 
@@ -100,8 +100,15 @@ def test_the_service_keeps_its_secrets_from_drivers(
 
     monkeypatch.setenv("SAPO_ADMIN_KEY", "k" * 40)
     monkeypatch.setenv("SAPO_DATABASE_URL", "postgresql://user:password@host/db")
-    kept = _environment("m")
+    kept = _environment("m", tmp_path / "token")
     assert not [name for name in kept if name.startswith("SAPO_") and name != "SAPO_EMBEDDED_RAY"]
+
+
+def test_whoever_has_no_token_is_refused_and_the_token_is_for_this_user_alone(cluster: EmbeddedRay) -> None:
+    with RayJobs(cluster.url) as stranger, pytest.raises(LauncherUnavailable, match="answered 401"):
+        stranger.submit_command("sapo-stranger-1", "true")
+    assert cluster._token_file.stat().st_mode & 0o777 == 0o600
+    assert cluster.token not in cluster._log.read_text()
 
 
 def test_a_driver_is_started_with_its_tokens_path_alone(jobs: RayJobs, tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ class Cluster:
         self.number += 1
         return Policy(self.folder, self.number, noise=NOISE if self.number else 0.0)
 
-    async def update(self) -> Policy:
+    async def update(self, policy: Policy | None = None) -> Policy:
         """All workers on a new policy, the first one that of the folder."""
-        self.policy = self.next_policy()
+        self.policy = policy or self.next_policy()
         takeovers = await self.pool.update(self.policy.published())
         assert {takeover.version for takeover in takeovers} == {self.policy.version}
         return self.policy
@@ -217,10 +217,12 @@ async def test_a_seed_gives_the_same_tokens_whatever_the_grouping_and_the_worker
 
 
 async def test_tokens_after_an_update_in_flight_carry_the_new_version_and_match_it(cluster: Cluster) -> None:
-    old = cluster.policy
+    old, new = cluster.policy, cluster.next_policy()  # made before: making one takes as long as some answers
     running = asyncio.create_task(cluster.sample(group("in flight", 64, new=900)))
-    await asyncio.sleep(0.3)
-    new = await cluster.update()
+    while not any(worker.in_flight for worker in cluster.pool.workers()):  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.2)
+    await cluster.update(new)
     sampled = await running
     crossing = {i: pair for i, pair in sampled.items() if len(pair[0].spans) == 2}
     assert len(crossing) >= 8

@@ -43,14 +43,18 @@ _DELIVERY = {
 
 
 async def _driver(
+    request: Request,
     control: The,
     job_id: JobId,
     attempt: Attempt,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_token)],
 ) -> tuple[str, int]:
     """The attempt that the token was made for; it must be the one in the address. Raises Refused (401)."""
-    known = await control.rooms.link.run(_made_for, control, credentials.credentials) if credentials else None
-    if known != (job_id, attempt):
+    client = request.client.host if request.client else "unknown"
+    with control.gate.guess(f"of drivers {client}") as known:
+        found = await control.rooms.link.run(_made_for, control, credentials.credentials) if credentials else None
+        known(found)
+    if found != (job_id, attempt):
         control.telemetry.link_deliveries.labels("unauthenticated").inc()
         raise Refused(
             401,

@@ -5,7 +5,7 @@ SQLite (a file, write-ahead log) or PostgreSQL, by URL. Every wait is bounded:
 | | SQLite | PostgreSQL |
 |---|---|---|
 | connect | - | 5 s |
-| a lock | 5 s, at the start of a write transaction (`BEGIN IMMEDIATE`) | 5 s |
+| a lock | 5 s for the other writers of this process, 5 s for those of others (`BEGIN IMMEDIATE`) | 5 s |
 | a statement | - | 10 s |
 | a transaction in which nothing happens | - | 30 s |
 | a free connection of the pool | 5 s | 5 s |
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,7 @@ class Store:
         self._engine = self._make_engine()
         self._writes = self._engine.execution_options(**{WRITE: True})
         self._reads = self._engine.execution_options(postgresql_readonly=True)
+        self._turn = threading.Lock() if self.dialect == "sqlite" else None
 
     @property
     def dialect(self) -> str:
@@ -70,7 +72,12 @@ class Store:
     @contextmanager
     def begin(self) -> Iterator[Session]:
         """A session in one write transaction: committed at the end, rolled back on any exception."""
-        with _translated(writes=True), Session(self._writes, expire_on_commit=False) as session, session.begin():
+        with (
+            self._my_turn(),
+            _translated(writes=True),
+            Session(self._writes, expire_on_commit=False) as session,
+            session.begin(),
+        ):
             yield session
 
     @contextmanager
@@ -81,6 +88,22 @@ class Store:
             yield session
             changed = [*session.new, *session.deleted, *(row for row in session.dirty if session.is_modified(row))]
             assert not changed, f"changed in a session for reading: {changed}"
+
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        """SQLite has one writer; others ask again after longer and longer pauses, and some for seconds come too late.
+
+        Those of this process stand in line instead; between processes it stays as it is.
+        """
+        if self._turn is None:
+            yield
+            return
+        if not self._turn.acquire(timeout=BUSY_S):
+            raise StoreUnavailable(f"the database cannot answer: others were writing for {BUSY_S} s")
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def ping(self) -> None:
         """Raises StoreUnavailable unless the database answers and its tables are there."""

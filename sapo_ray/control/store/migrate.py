@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -72,4 +75,17 @@ def _migrate_sqlite(url: URL) -> None:
     with engine.begin() as connection:
         upgrade(connection)
     with engine.connect() as connection, closing(connection.connection.cursor()) as cursor:
-        cursor.execute("PRAGMA journal_mode = WAL")  # outside of any transaction; it stays with the file
+        _write_ahead(cursor)
+
+
+def _write_ahead(cursor: Any) -> None:
+    """Outside of any transaction; it stays with the file. SQLite does not wait here for others: it fails at once."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
