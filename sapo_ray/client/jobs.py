@@ -10,9 +10,10 @@ from urllib.parse import quote
 
 from sapo_ray.api.jobs import TERMINAL, Event, Job, Scale
 from sapo_ray.client.download import Progress, RemoteFile, download
-from sapo_ray.client.errors import BadReply
+from sapo_ray.client.errors import BadReply, Conflict
 from sapo_ray.client.events import EventStream
 from sapo_ray.client.paging import rows
+from sapo_ray.client.scaling import scaled
 from sapo_ray.client.shapes import Checked, LogPart, read
 from sapo_ray.client.transport import Params, Transport, new_key
 from sapo_ray.config.job_file import read_job
@@ -20,6 +21,8 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
 
 DAY_S = 86400.0
+RACES = 5
+"""Changes by others that a change of ours begins anew for."""
 Spec = Mapping[str, Any] | JobSpec | str | Path
 Rows = list[dict[str, Any]]
 Files = list[Path]
@@ -162,25 +165,24 @@ class Jobs:
     def scale(self, job_id: str, target: int | None = None, min: int | None = None, max: int | None = None) -> Scale:
         """Rollout workers wanted; without arguments only tell. What is not given stays, or moves as far as it must.
 
-        `scale(id, 8)` on {min 1, max 4, target 2} gives {min 1, max 8, target 8}.
+        `scale(id, 8)` on {min 1, max 4, target 2} gives {min 1, max 8, target 8}. What somebody else changes at the
+        same moment is seen, not undone: of two who give the same thing the later one wins. Raises Conflict if others
+        keep changing the job.
         """
         path = f"{self._path(job_id)}/scale"
-        now = read(Scale, self._transport.request("GET", path).json())
-        if target is None and min is None and max is None:
-            return now
-        low = now.min if min is None else min
-        high = now.max if max is None else max
-        wanted = now.target if target is None else target
-        if target is None and min is not None and wanted < min:
-            wanted = min
-        if target is None and max is not None and wanted > max:
-            wanted = max
-        if min is None and wanted < low:
-            low = wanted
-        if max is None and wanted > high:
-            high = wanted
-        body = {"min": low, "max": high, "target": wanted}
-        return read(Scale, self._transport.request("PUT", path, body=body).json())
+        for left in reversed(range(RACES)):
+            reply = self._transport.request("GET", path)
+            now = read(Scale, reply.json())
+            if target is None and min is None and max is None:
+                break
+            headers = {"If-Match": reply.headers["etag"]} if "etag" in reply.headers else {}
+            body = scaled(now, target, min, max)
+            try:
+                return read(Scale, self._transport.request("PUT", path, body=body, headers=headers).json())
+            except Conflict as error:
+                if error.status != 412 or not left:
+                    raise
+        return now
 
     def update(
         self,

@@ -72,7 +72,10 @@ def set_scale(
     wanted: Annotated[Scale, Depends(body.body_of(Scale))],
     expected: IfMatch,
 ) -> Response:
-    """The driver hears of it with its next report. min <= target <= max."""
+    """The driver hears of it with its next report. min <= target <= max.
+
+    Without If-Match the last one who writes wins, all three numbers at once; with it nothing that somebody else
+    changed is undone (the client and the command line do so)."""
     if not wanted.min <= wanted.target <= wanted.max:
         raise invalid(
             f"min <= target <= max is needed, got min {wanted.min}, target {wanted.target}, max {wanted.max}", "target"

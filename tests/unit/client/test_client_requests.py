@@ -249,6 +249,26 @@ def test_bounds_that_are_not_given_move_with_the_target(
     assert client.jobs.scale(JOB_ID, **asked).model_dump() == sent
 
 
+def test_scaling_undoes_nothing_that_somebody_else_changed_meanwhile(service: Service, client: Client) -> None:
+    where = f"/v1/jobs/{JOB_ID}/scale"
+    before, after = {"min": 1, "max": 4, "target": 2}, {"min": 2, "max": 6, "target": 2}
+    service.on(f"GET {where}", reply(before, etag='"g3"'), reply(after, etag='"g4"'))
+    service.on(
+        f"PUT {where}", problem(412, "stale_etag", "it changed"), lambda request: reply(request.json, etag='"g5"')
+    )
+    assert client.jobs.scale(JOB_ID, 3).model_dump() == {"min": 2, "max": 6, "target": 3}
+    assert [one.headers["if-match"] for one in service.asked(f"PUT {where}")] == ['"g3"', '"g4"']
+
+
+def test_scaling_a_job_that_others_change_all_the_time_gives_up(service: Service, client: Client) -> None:
+    where = f"/v1/jobs/{JOB_ID}/scale"
+    service.on(f"GET {where}", reply({"min": 1, "max": 4, "target": 2}, etag='"g3"'))
+    service.on(f"PUT {where}", problem(412, "stale_etag", "it changed"))
+    with pytest.raises(api.Conflict, match="it changed"):
+        client.jobs.scale(JOB_ID, 3)
+    assert len(service.asked(f"PUT {where}")) == 5
+
+
 def test_a_change_that_stands_on_a_generation_says_so(service: Service, client: Client) -> None:
     where = f"PATCH /v1/jobs/{JOB_ID}"
     service.on(where, problem(412, "stale_etag", "it changed"))
