@@ -31,6 +31,7 @@ from sapo_ray.learner.batching import plan_step
 from sapo_ray.learner.engine import Place
 from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport, step_report
 from sapo_ray.learner.worker import LearnerWorker
+from sapo_ray.placement import label_selector, wants_gpus
 from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
 from sapo_ray.weights.canary import canary_sequences
 
@@ -61,7 +62,7 @@ class LearnerGroup:
             WorkerLost, DeadlineExceeded: a rank failed or did not get ready; the group is closed
         """
         end = time.monotonic() + self.spec.deadlines.start_s
-        gpu = ray.cluster_resources().get("GPU", 0) > 0
+        gpu = wants_gpus(ray.cluster_resources().get("GPU", 0) > 0)
         await self._place(gpu, end)
         count = self.spec.learner.ranks
         for rank in range(count):
@@ -163,7 +164,10 @@ class LearnerGroup:
 
     async def _place(self, gpu: bool, end: float) -> None:
         bundle = {"CPU": 1.0, "GPU": self._gpu_share()} if gpu else {"CPU": 1.0}
-        self._placement = placement_group([bundle] * self.spec.learner.ranks, strategy="PACK")
+        count, where = self.spec.learner.ranks, label_selector("learner")
+        self._placement = placement_group(
+            [bundle] * count, strategy="PACK", bundle_label_selector=[where] * count if where else None
+        )
         if not await asyncio.to_thread(self._placement.wait, max(1.0, end - time.monotonic())):
             self._kill()
             free = {key: amount for key, amount in ray.available_resources().items() if key in ("CPU", "GPU")}

@@ -19,6 +19,7 @@ import ray
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, NoWorker, SapoRayError, TrainingFailed, WeightsRefused, WorkerLost
+from sapo_ray.placement import wants_gpus
 from sapo_ray.rollout.remote import Ref, RemoteWorker, WorkerInfo, WorkerState
 from sapo_ray.rollout.replacements import REPLACEMENTS, Replacements
 from sapo_ray.types import CompletionMeta, GroupRequest, Published, Takeover
@@ -57,7 +58,7 @@ class RolloutPool:
 
     async def start(self) -> None:
         """Start all workers; raises what the first failing one raised, after ending the others."""
-        self._gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self._gpus = wants_gpus(ray.cluster_resources().get("GPU", 0) > 0)
         try:
             async with asyncio.TaskGroup() as group:
                 for slot in range(self._spec.rollout.workers):

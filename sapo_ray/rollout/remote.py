@@ -17,6 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerLost
+from sapo_ray.placement import label_selector
 from sapo_ray.rollout.engine import actor_environment
 from sapo_ray.rollout.worker import RolloutWorker
 from sapo_ray.types import CompletionMeta, GroupRequest, PolicyVersion, Published, Takeover
@@ -62,6 +63,7 @@ def ray_remote_args(spec: JobSpec, gpus: bool) -> dict[str, Any]:
     share = 0.5 if spec.transport == "ipc" else spec.rollout.tensor_parallel
     resources = {"num_gpus": share} if gpus else {"num_cpus": 1}
     return resources | {
+        "label_selector": label_selector("rollout"),
         "max_concurrency": _CONCURRENT_CALLS,
         "max_restarts": 0,
         "runtime_env": {"env_vars": actor_environment(spec, gpus)},

@@ -25,6 +25,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from sapo_ray.config.spec import VerifierSpec
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerLost
+from sapo_ray.placement import label_selector
 from sapo_ray.types import Grading, Verdict
 from sapo_ray.verifier import child
 from sapo_ray.verifier.calls import answered, bounded, unless
@@ -216,7 +217,15 @@ class VerifierPool:
 
     async def _start_actor(self, worker: _Worker) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": CALLS, "runtime_env": {"env_vars": threads}}
+        where = label_selector("verifier")
+        options = {
+            # Beside others they take what is left; on nodes of their own that is what keeps a node, or brings one.
+            "num_cpus": self._spec.processes if where else 0,
+            "label_selector": where,
+            "max_restarts": 0,
+            "max_concurrency": CALLS,
+            "runtime_env": {"env_vars": threads},
+        }
         actor = self._actor_class.options(**options).remote(self._spec, worker.name)
         try:
             await bounded(actor.start.remote(), START_S, f"{worker.name}: its start")
