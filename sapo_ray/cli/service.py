@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,8 @@ def serve(
         "ray_jobs_url": ray_jobs_url,
     }
     with user_errors():
-        run = import_module("sapo_ray.control.serve").serve
+        from sapo_ray.control.serve import serve as run
+
         run({name: value for name, value in given.items() if value is not None})
 
 

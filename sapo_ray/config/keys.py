@@ -105,8 +105,8 @@ def _key(name: str, found: FieldInfo) -> Key:
         nullable=nullable,
         text=members == [str],
         required=found.is_required(),
-        default="" if found.is_required() else _as_yaml(found.default),
-        doc=found.description or "",
+        default="" if found.is_required() else _as_yaml(found.get_default(call_default_factory=True)),
+        doc=" ".join((found.description or "").split()),
     )
 
 
@@ -132,6 +132,8 @@ def _words(members: list[Any], choices: tuple[str, ...]) -> str:
         return choices[0] if len(choices) == 1 else ", ".join(choices[:-1]) + " or " + choices[-1]
     if get_origin(members[0]) is tuple:
         return f"list of {len(get_args(members[0]))} numbers"
+    if get_origin(members[0]) is list:
+        return "list of texts"
     return _WORDS[members[0]]
 
 

@@ -15,14 +15,14 @@ from pydantic import ValidationError
 
 from sapo_ray.config import yaml_text
 from sapo_ray.config.job_file import read_job
-from sapo_ray.config.keys import dotted
+from sapo_ray.config.keys import dotted, names_at
 from sapo_ray.config.overrides import apply_overrides, parse_overrides
 from sapo_ray.config.packages import check_packages
 from sapo_ray.config.problems import MOST_PROBLEMS, describe
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
 
-RESUMABLE = ("steps", "rollout.workers", "checkpoint", "evaluation", "logging", "deadlines")
+RESUMABLE = ("steps", "rollout.workers", "checkpoint", "evaluation", "logging", "deadlines", "secrets")
 """Keys and sections that a resumed run may change; all else would make it another run."""
 
 
@@ -110,7 +110,7 @@ def check_resume(old: JobSpec, new: JobSpec) -> list[str]:
     changed = changed_keys(old, new)
     refused = [key for key in changed if not _resumable(key)]
     if refused:
-        allowed = ", ".join(key if key in ("steps", "rollout.workers") else f"{key}.*" for key in RESUMABLE)
+        allowed = ", ".join(map(resumable_name, RESUMABLE))
         raise ConfigError(
             f"a resumed run cannot change {', '.join(refused)}; it may change {allowed}. For anything else start a "
             "new job, with model.path set to the export/ folder of this run"
@@ -149,6 +149,11 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(below, Mapping)
         result[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
     return result
+
+
+def resumable_name(key: str) -> str:
+    """As people are told of it: `steps`, `checkpoint.*`."""
+    return f"{key}.*" if names_at(key.split(".")) else key
 
 
 def _resumable(key: str) -> bool:

@@ -1,7 +1,8 @@
-"""Packages that only some jobs need: whether this machine has them, asked before anything starts."""
+"""What only some jobs need, packages and secrets: whether this machine has them, asked before anything starts."""
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -25,6 +26,16 @@ def check_packages(spec: JobSpec) -> JobSpec:
     if missing := missing_packages(spec):
         raise ConfigError("\n".join(missing))
     return spec
+
+
+def check_secrets(spec: JobSpec) -> None:
+    """Where no service hands them over. Raises ConfigError unless every secret of the job is set in the environment."""
+    missing = [name for name in spec.secrets if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"secrets: {', '.join(missing)} must be set in the environment, as no service hands secrets over here; "
+            f"e.g. export {missing[0]}=..., or remove the name from secrets"
+        )
 
 
 def _importable(package: str) -> bool:

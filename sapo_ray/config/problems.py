@@ -190,7 +190,9 @@ def _describe(problem: ErrorDetails, *, suggest: bool) -> list[str]:
         return [
             f"{name} must be a list of at least one entry, got {_shown(value)}; each entry begins with `- path: ...`"
         ]
-    if kind in ("too_short", "too_long", "missing") or (kind in _WRONG_TYPE and key is not None):
+    if kind == "string_pattern_mismatch" and name.startswith("secrets."):
+        return [f"{name} must be capitals, digits and underscores, as HF_TOKEN is, got {_shown(value)}"]
+    if kind in ("too_short", "too_long", "missing", "list_type") or (kind in _WRONG_TYPE and key is not None):
         return [_wrong_type(location, key, value)]
     return [f"{name}: {problem['msg']}, got {_shown(value)}" + (f"; {_remedy(key)}" if key else "")]
 
@@ -213,7 +215,7 @@ def _not_a_section(location: Location, value: Any) -> str:
 def _wrong_type(location: Location, key: Key | None, value: Any) -> str:
     name = dotted(location)
     assert key is not None, name
-    kind = "number" if isinstance(location[-1], int) else key.kind  # an entry of a list of numbers
+    kind = key.kind.removesuffix("s").rsplit(" ", 1)[-1] if isinstance(location[-1], int) else key.kind  # of a list
     article = "" if kind in ("text", "true or false") else "a "
     hint = "put it in quotes" if key.text and isinstance(value, int | float | bool) else _remedy(key)
     if key.text and isinstance(value, dict | list):

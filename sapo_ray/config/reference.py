@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from sapo_ray.config.keys import Key, all_keys, item_section
-from sapo_ray.config.load import RESUMABLE
+from sapo_ray.config.load import RESUMABLE, resumable_name
 from sapo_ray.config.spec import JobSpec, Section, SourceSpec
 
 _HEAD = """\
@@ -35,7 +35,7 @@ A key without a default is required.
 
 def render() -> str:
     """The reference page, one table per section."""
-    allowed = [f"`{key}`" if key in ("steps", "rollout.workers") else f"`{key}.*`" for key in RESUMABLE]
+    allowed = [f"`{resumable_name(key)}`" for key in RESUMABLE]
     text = _HEAD.format(resumable=", ".join(allowed[:-1]) + " and " + allowed[-1])
     for title, doc, rows in _sections():
         text += f"\n## {title}\n\n{doc}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"

@@ -6,6 +6,7 @@ and how stands in sections.py. The text under each attribute is its reference do
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -41,6 +42,11 @@ __all__ = [
     "SourceSpec",
     "VerifierSpec",
 ]
+
+
+SECRET_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+"""Of a secret: an environment variable."""
+SecretName = Annotated[str, Field(pattern=f"^{SECRET_NAME.pattern}$")]
 
 
 class CheckpointSpec(Section):
@@ -112,6 +118,9 @@ class JobSpec(Section):
     """Rollout batches consumed. Optimizer updates: steps x mini_batches x epochs."""
     run_dir: str | None = None
     """Folder of this run; `runs/<name>-<time>` if not given."""
+    secrets: list[SecretName] = Field(default_factory=list)
+    """Environment variables that the driver is to have and no job may hold, e.g. `[HF_TOKEN]`; named here, kept by the
+    operator of the service. Without a service they must be set."""
     model: ModelSpec
     data: DataSpec
     algorithm: AlgorithmSpec = AlgorithmSpec()

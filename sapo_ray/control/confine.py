@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from sapo_ray.api.problems import FieldProblem
 from sapo_ray.config.spec import JobSpec, SourceSpec
+from sapo_ray.control import tenant_secrets
 from sapo_ray.control.problems import Refused, several
 from sapo_ray.control.settings import Settings
 
@@ -25,12 +27,18 @@ _SPLIT = re.compile(r"[\w][\w.+:%\[\]-]*")
 
 
 def check(
-    spec: JobSpec, settings: Settings, *, stored_path: Callable[[str], str | None], several_tenants: Callable[[], bool]
+    spec: JobSpec,
+    settings: Settings,
+    tenant: str,
+    *,
+    stored_path: Callable[[str], str | None],
+    several_tenants: Callable[[], bool],
 ) -> None:
     """Refuse a job that reaches for what is not allowed; one answer names every such field.
 
     Args:
         stored_path: the file of one of the tenant's data sets by id, None if there is no such data set.
+        tenant: whose job it is.
         several_tenants: whether others share the cluster, who would have to trust this job's code.
 
     Raises:
@@ -41,6 +49,7 @@ def check(
         *_sources(spec, settings, stored_path),
         *_code(spec, settings, several_tenants),
         *_places(spec, settings),
+        *_secrets(spec, settings, tenant),
     ]
     if found:
         raise several(found, code="not_allowed", status=403, what="the job")
@@ -59,9 +68,9 @@ def with_files(spec: JobSpec, stored_path: Callable[[str], str | None]) -> JobSp
     return found
 
 
-def dataset_ids(spec: JobSpec) -> set[str]:
-    """Uploads that the job reads."""
-    paths = [source.path for _, source in _each_source(spec)]
+def dataset_ids(spec: Mapping[str, Any]) -> set[str]:
+    """Uploads that a resolved job reads, as it is stored."""
+    paths = [source["path"] for source in (*spec["data"]["train"], *spec["evaluation"]["data"])]
     return {path.removeprefix(DATASET) for path in paths if path.startswith(DATASET)}
 
 
@@ -150,6 +159,21 @@ def _places(spec: JobSpec, settings: Settings) -> Iterator[FieldProblem]:
     uri = spec.logging.mlflow_uri
     if uri is not None and not any(fnmatchcase(uri, pattern) for pattern in settings.allow_mlflow):
         yield _problem("logging.mlflow_uri", uri, settings.allow_mlflow)
+
+
+def _secrets(spec: JobSpec, settings: Settings, tenant: str) -> Iterator[FieldProblem]:
+    there = tenant_secrets.names(settings.secrets_dir, tenant) if spec.secrets else []
+    for number, name in enumerate(spec.secrets):
+        key = f"secrets.{number}"
+        if name not in there:
+            listed = ", ".join(there) or "none"
+            detail = f"{key} {name!r}: this tenant has no such secret; the operator keeps for it: {listed}"
+            yield FieldProblem(param=key, detail=detail)
+            continue
+        try:
+            tenant_secrets.value(settings.secrets_dir, tenant, name)
+        except tenant_secrets.Unusable as error:
+            yield FieldProblem(param=key, detail=f"{key} {name!r}: {error}; tell the operator")
 
 
 def _problem(key: str, value: str, patterns: Sequence[str], more: str = "") -> FieldProblem:

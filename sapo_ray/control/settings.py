@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     driver_python: str = ""
     """Interpreter that starts drivers on the head node; if empty `python`, for a Ray started here this one."""
     secrets_dir: Path | None = None
-    """Operator-defined secrets, one file each: `<secrets_dir>/<tenant>/<NAME>`."""
+    """Secrets by operators, one file each: `<secrets_dir>/<tenant>/<NAME>`; a job gets those it names in `secrets`."""
 
     admin_key: SecretStr | None = None
     """First admin key; if there is none yet and this is not set, one is made and printed once."""

@@ -17,8 +17,9 @@ from sapo_ray.config.load import resolve
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.control import confine
 from sapo_ray.control.access import Caller
-from sapo_ray.control.problems import several
+from sapo_ray.control.problems import Refused, several
 from sapo_ray.control.service import Control
+from sapo_ray.control.settings import Settings
 from sapo_ray.control.store import KeyRow, datasets
 from sapo_ray.errors import ConfigError
 
@@ -45,13 +46,28 @@ def checked(control: Control, caller: Caller, spec: Mapping[str, Any]) -> JobSpe
     if too_large:
         raise several(too_large, code="invalid_job", status=422, what="the job")
     with control.store.read() as session:
-        confine.check(
-            resolved,
-            control.settings,
-            stored_path=lambda id: stored_path(session, caller.tenant, id),
-            several_tenants=lambda: several_tenants(session),
-        )
+        check_allowed(session, caller.tenant, resolved, control.settings)
     return resolved
+
+
+def check_allowed(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> None:
+    """Raises Refused (403) with everything that the operator does not allow the tenant's job."""
+    confine.check(
+        spec,
+        settings,
+        tenant,
+        stored_path=lambda id: stored_path(session, tenant, id),
+        several_tenants=lambda: several_tenants(session),
+    )
+
+
+def hold_datasets(session: Session, tenant: str, spec: JobSpec) -> None:
+    """Keep the job's data sets from being deleted until this transaction has stored it. Raises Refused (403)."""
+    wanted = confine.dataset_ids(spec.model_dump(mode="json"))
+    gone = wanted - datasets.hold(session, tenant, wanted)
+    if gone:
+        detail = f"the data set {min(gone)} was deleted; GET /v1/datasets lists those there are"
+        raise Refused(403, "not_allowed", detail, param="data")
 
 
 def as_problems(message: str) -> list[FieldProblem]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from sapo_ray.config.packages import check_secrets
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.cluster import published_bytes, ray_for
 from sapo_ray.driver.collector import Collector
@@ -31,9 +32,10 @@ def evaluate_model(spec: JobSpec, work_dir: Path, listener: Listener | None = No
     `listener` hears the events of a run that lead up to its first evaluation, and `evaluating` after each prompt.
 
     Raises:
-        ConfigError: the job names no evaluation data.
+        ConfigError: the job names no evaluation data, or a secret that is not set.
         DeadlineExceeded: the evaluation was not done within deadlines.evaluation_s.
     """
+    check_secrets(spec)
     if not spec.evaluation.data:
         raise ConfigError("evaluation.data is empty: name at least one source to evaluate on")
     began = time.monotonic()

@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sapo_ray.driver.masking import Hidden, masked
 from sapo_ray.errors import CheckpointError, ResourceError, SapoRayError
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ class Journal:
     """Appends to a run's journal. One writer per run, guarded by the run's lock.
 
     A line leaves the queue only when it is on the disk. A write that fails, on a full disk mostly, is taken back, so
-    that the next `sync` begins at the end of a whole line with everything that is still missing.
+    that the next `sync` begins at the end of a whole line with everything that is still missing. `hidden` values of
+    secrets are masked in all texts.
     """
 
-    def __init__(self, path: Path, attempt: int, listener: Listener | None = None) -> None:
+    def __init__(self, path: Path, attempt: int, listener: Listener | None = None, hidden: Hidden = ()) -> None:
         _cut_torn_tail(path)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.path = path
@@ -51,6 +53,7 @@ class Journal:
         self._fence: SapoRayError | None = None
         self._unsynced: list[str] = []
         self._listener = listener
+        self._hidden = hidden
         self._order = threading.Lock()
         self._lock = threading.Lock()
 
@@ -78,7 +81,7 @@ class Journal:
 
     def _append(self, record: dict[str, Any]) -> None:
         self.check()
-        self._unsynced.append(json_line(record))
+        self._unsynced.append(json_line(masked(record, self._hidden) if self._hidden else record))
 
     def fence(self, reason: SapoRayError) -> None:
         """Write no more, from this moment on: the run is another attempt's. Every later call raises `reason`."""

@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sapo_ray.config.load import check_resume, resolve
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.link import Link
+from sapo_ray.driver.masking import MaskingFormatter, hidden
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.rundir import begin_attempt, hold_within, read_stored
 from sapo_ray.driver.wire import Away, Refusals, SequenceGap, TooLarge, Unacceptable, Unauthorized, Wire
@@ -69,8 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         return _say(TERMINATED, error)
     except Exception:
-        log.exception("the driver failed")
-        raise
+        log.exception("the driver failed")  # not raised: Python would write it again, with what logs leave out
+        return FAILED
     finally:
         wire.close()
     log.info("%s: %s", result["status"], result["reason"])
@@ -104,8 +106,8 @@ def run(assignment: Assignment, wire: Wire) -> dict[str, Any]:
     """The attempt, from its number in the run directory to its last event."""
     run_dir = Path(assignment.run_dir)
     begin_attempt(run_dir, assignment.attempt)
-    _log_to(run_dir / "logs" / "driver.log")
     os.environ.update(assignment.secrets)
+    _log_to(run_dir / "logs" / "driver.log", tuple(assignment.secrets.values()))
     orders = StandingOrders(assignment.orders)
     link = Link(wire, orders)
     with hold_within(run_dir, PREDECESSOR_S):
@@ -113,7 +115,7 @@ def run(assignment: Assignment, wire: Wire) -> dict[str, Any]:
             spec, changes = _job(assignment, run_dir)
             from sapo_ray.driver import run as runs  # engines; only once it is known that they are wanted
         except (SapoRayError, ImportError) as error:
-            _fail(run_dir, assignment.attempt, link, f"{type(error).__name__}: {error}")
+            _fail(run_dir, assignment, link, f"{type(error).__name__}: {error}")
             raise
         by = runs.Assigned(attempt=assignment.attempt, orders=orders, link=link)
         result = runs.assigned(spec, run_dir, changes, by)
@@ -137,9 +139,10 @@ def _job(assignment: Assignment, run_dir: Path) -> tuple[JobSpec, list[str]]:
     return spec, check_resume(before, spec)
 
 
-def _fail(run_dir: Path, attempt: int, link: Link, reason: str) -> None:
+def _fail(run_dir: Path, assignment: Assignment, link: Link, reason: str) -> None:
     """An attempt that cannot even begin says so where all others do."""
-    journal = Journal(run_dir / "journal.jsonl", attempt, link.hear)
+    secrets = hidden(assignment.secrets.values())
+    journal = Journal(run_dir / "journal.jsonl", assignment.attempt, link.hear, secrets)
     try:
         link.open(journal)
         journal.event("transition", state="failed", reason=reason)
@@ -148,12 +151,13 @@ def _fail(run_dir: Path, attempt: int, link: Link, reason: str) -> None:
         journal.close()
 
 
-def _log_to(path: Path) -> None:
-    """The driver's lines beside those of its actors; Ray keeps the driver's output as well."""
+def _log_to(path: Path, secrets: Sequence[str]) -> None:
+    """The driver's lines beside those of its actors; Ray keeps the driver's output as well. Without secrets, both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(LINE))
-    logging.getLogger().addHandler(handler)
+    logging.getLogger().addHandler(logging.FileHandler(path))
+    formatter = MaskingFormatter(LINE, hidden(secrets))
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from sapo_ray.algorithms.settings import advice, resolve
 from sapo_ray.config.architecture import find_architecture
 from sapo_ray.config.estimate import estimate
 from sapo_ray.config.load import resume_job
+from sapo_ray.config.packages import check_secrets
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.checkpoint import Checkpoints, step_of
 from sapo_ray.driver.cluster import published_bytes, ray_for
@@ -32,6 +33,7 @@ from sapo_ray.driver.interrupts import Interrupts
 from sapo_ray.driver.journal import Journal, Listener
 from sapo_ray.driver.lifecycle import close_all, start_together
 from sapo_ray.driver.link import Link
+from sapo_ray.driver.masking import hidden_of, masked
 from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.payloads import RayPayloads
@@ -51,12 +53,14 @@ RECOVERABLE = (WorkerLost, DeadlineExceeded, RayError)
 
 def train(spec: JobSpec, listener: Listener | None = None) -> dict[str, Any]:
     """Run a new job to its end; returns what result.json holds. Raises SapoRayError for what the user can mend."""
+    check_secrets(spec)
     return _attempt(spec, new_run_dir(spec), listener)
 
 
 def resume(run_dir: Path, overrides: list[str], listener: Listener | None = None) -> dict[str, Any]:
     """Go on with a run from its newest checkpoint, or from the start if it has none."""
     spec, changes = resume_job(read_stored(run_dir), overrides)
+    check_secrets(spec)
     finished = finished_steps(run_dir)
     if finished is not None and spec.steps <= finished:
         raise ConfigError(
@@ -101,14 +105,15 @@ def _journalled(
 ) -> dict[str, Any]:
     """One attempt, in the journal from its first moment to its last."""
     attempt = next_attempt(run_dir) if by is None else by.attempt
-    journal = Journal(run_dir / "journal.jsonl", attempt, listener)
+    hidden = hidden_of(spec)
+    journal = Journal(run_dir / "journal.jsonl", attempt, listener, hidden)
     result: dict[str, Any] = {"name": spec.name, "run_dir": str(run_dir), "attempt": attempt, "seed": spec.seed}
     result |= {"versions": package_versions(), "machine": machine()}
 
     def end(state: str, why: str, **more: Any) -> None:
         """The result before the transition: whoever hears of the end finds it. What failed first stays the error."""
         journal.check()
-        result.update({"status": state, "reason": why, **more})
+        result.update({"status": state, "reason": masked(why, hidden), **more})
         refused = None
         try:
             write_text(run_dir / "result.json", json.dumps(result, indent=1) + "\n")

@@ -105,7 +105,9 @@ class Wire:
         try:
             return Assignment.model_validate(body, extra="ignore")
         except ValidationError as error:
-            raise Away(f"its assignment is not understood: {error}") from error
+            # Not as pydantic writes it: that shows what came, and secrets are in it.
+            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise Away(f"its assignment is not understood: {wrong}") from None
 
     def deliver(self, first_seq: int, events: list[dict[str, Any]]) -> Received:
         """Hand over events; an empty list is a heartbeat."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 from api_parts import Connect, problem, started, submitted
 from starlette.testclient import TestClient
 
+from sapo_ray.config.load import resolve
+from sapo_ray.control import specs
 from sapo_ray.control.confine import allowed
-from sapo_ray.control.store import Store
+from sapo_ray.control.store import Store, jobs
 
 ROW = b'{"question": "1+1", "answer": "2"}\n'
 
@@ -145,9 +149,80 @@ def test_a_data_set_is_found_by_its_tenant_alone_and_reaches_the_driver_as_a_fil
 def test_a_data_set_in_use_cannot_be_deleted(acme: TestClient) -> None:
     made = acme.post("/v1/datasets?name=sums.jsonl", content=ROW, headers={"Content-Type": "application/jsonl"}).json()
     job_id = submitted(acme, spec={"preset": "quickstart", "data": {"train": [{"path": f"dataset:{made['id']}"}]}})
-    assert problem(acme.delete(f"/v1/datasets/{made['id']}"), 409, "illegal_transition")["job_id"] == job_id
+    other = submitted(acme, spec={"preset": "quickstart", "evaluation": {"data": [{"path": f"dataset:{made['id']}"}]}})
+    found = problem(acme.delete(f"/v1/datasets/{made['id']}"), 409, "illegal_transition")
+    assert sorted(found["job_ids"]) == sorted([job_id, other])
     acme.post(f"/v1/jobs/{job_id}:cancel")
+    assert problem(acme.delete(f"/v1/datasets/{made['id']}"), 409, "illegal_transition")["job_ids"] == [other]
+    acme.post(f"/v1/jobs/{other}:cancel")
     assert acme.delete(f"/v1/datasets/{made['id']}").status_code == 204
+
+
+def test_a_data_set_that_is_deleted_between_the_check_and_the_queue_leaves_no_job_without_data(
+    acme: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = acme.post("/v1/datasets?name=sums.jsonl", content=ROW, headers={"Content-Type": "application/jsonl"}).json()
+    check = specs.checked
+
+    def check_and_lose(*given: Any) -> Any:
+        found = check(*given)
+        assert acme.delete(f"/v1/datasets/{made['id']}").status_code == 204
+        return found
+
+    monkeypatch.setattr(specs, "checked", check_and_lose)
+    assert made["id"] in refused(acme, data={"train": [{"path": f"dataset:{made['id']}"}]})["detail"]
+    assert acme.get("/v1/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+def test_a_data_set_waits_to_be_deleted_while_a_job_that_reads_it_is_being_stored(
+    acme: TestClient, store: Store, tmp_path: Path
+) -> None:
+    made = acme.post("/v1/datasets?name=sums.jsonl", content=ROW, headers={"Content-Type": "application/jsonl"}).json()
+    spec = resolve({"preset": "quickstart", "data": {"train": [{"path": f"dataset:{made['id']}"}]}})
+    with ThreadPoolExecutor(1) as pool:
+        with store.begin() as session:
+            specs.hold_datasets(session, "acme", spec)
+            deleting = pool.submit(acme.delete, f"/v1/datasets/{made['id']}")
+            time.sleep(0.5)  # it has come to the lock by now, or goes past it if there is none
+            stored = jobs.create_job(
+                session,
+                tenant="acme",
+                name="job",
+                spec=spec.model_dump(mode="json"),
+                steps=1,
+                priority=50,
+                labels={},
+                scale=(1, 1, 1),
+                runs_root=tmp_path,
+            )
+        assert problem(deleting.result(), 409, "illegal_transition")["job_ids"] == [stored.id]
+
+
+def test_a_secret_that_the_tenant_does_not_have_is_refused_and_those_it_has_are_named(
+    connect: Connect, tmp_path: Path
+) -> None:
+    for tenant, name, value in [
+        ("default", "HF_TOKEN", b"h-1"), ("default", "BROKEN", b"\xff"), ("rival", "THEIRS", b"h-2")
+    ]:  # fmt: skip
+        (tmp_path / "secrets" / tenant).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "secrets" / tenant / name).write_bytes(value)
+    client = connect(secrets_dir=tmp_path / "secrets")
+    found = refused(client, secrets=["HF_TOKEN", "THEIRS", "BROKEN"])
+    assert [(one["param"], one["detail"]) for one in found["errors"]] == [
+        (
+            "secrets.1",
+            "secrets.1 'THEIRS': this tenant has no such secret; the operator keeps for it: BROKEN, HF_TOKEN",
+        ),
+        ("secrets.2", "secrets.2 'BROKEN': the operator's file of it is not UTF-8; tell the operator"),
+    ]
+    spec = {"preset": "quickstart", "secrets": ["HF_TOKEN"]}
+    made = client.post("/v1/jobs", json={"spec": spec})
+    assert (made.status_code, made.json()["spec"]["secrets"]) == (201, ["HF_TOKEN"])
+    assert "h-1" not in made.text
+    assert "for it: none" in refused(connect(), secrets=["HF_TOKEN"])["detail"]
+    wrong = client.post("/v1/jobs", json={"spec": spec | {"secrets": ["hf-token"]}})
+    assert "capitals, digits and underscores" in problem(wrong, 422, "invalid_job")["detail"]
 
 
 def test_what_is_allowed_is_told(connect: Connect) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from api_parts import Connect, brought_to, deliver, problem, run_dir, started, submitted
+from api_parts import QUICKSTART, Connect, brought_to, deliver, problem, run_dir, started, submitted
+from httpx import Response
 from starlette.testclient import TestClient
 
 from sapo_ray.control.store import Store
 
 STEP = {"kind": "step", "step": 1, "steps": 60, "drops": {}, "metrics": {"reward/mean": 0.5}}
 JSON = {"Content-Type": "application/json"}
+
+
+def assignment(client: TestClient, job_id: str, token: str, attempt: int = 1) -> Response:
+    """What the driver is given."""
+    return client.get(f"/v1/link/{job_id}/{attempt}/assignment", headers={"Authorization": f"Bearer {token}"})
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -121,24 +127,87 @@ def test_a_delivery_beyond_the_limit_is_413(connect: Connect, store: Store) -> N
     problem(deliver(client, job_id, token, 1, {"kind": "x", "text": "y" * 1000}), 413, "too_large")
 
 
-def test_the_assignment_holds_the_job_its_folder_and_its_tenants_secrets(
+def keep(folder: Path, tenant: str, name: str, value: str) -> None:
+    """A secret, as an operator keeps it."""
+    (folder / tenant).mkdir(parents=True, exist_ok=True)
+    (folder / tenant / name).write_text(value)
+
+
+def test_the_assignment_holds_the_job_its_folder_and_the_secrets_that_the_job_names(
     connect: Connect, store: Store, tmp_path: Path
 ) -> None:
     for tenant, name, value in [
-        ("default", "WANDB_API_KEY", "w-123\n"), ("default", "lower", "no"), ("rival", "OTHER", "hidden")
+        ("default", "WANDB_API_KEY", "w-123\n"), ("default", "HF_TOKEN", "h-456"), ("rival", "OTHER", "hidden")
     ]:  # fmt: skip
-        (tmp_path / "secrets" / tenant).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "secrets" / tenant / name).write_text(value)
+        keep(tmp_path / "secrets", tenant, name, value)
     client = connect(secrets_dir=tmp_path / "secrets")
-    job_id = submitted(client)
-    token = started(store, job_id)
-    answer = client.get(f"/v1/link/{job_id}/1/assignment", headers={"Authorization": f"Bearer {token}"}).json()
+    job_id = submitted(client, spec=QUICKSTART["spec"] | {"secrets": ["WANDB_API_KEY"]})
+    answer = assignment(client, job_id, started(store, job_id)).json()
     assert answer["secrets"] == {"WANDB_API_KEY": "w-123"}
     assert (answer["job_id"], answer["attempt"], answer["run_dir"]) == (job_id, 1, str(run_dir(store, job_id)))
     assert answer["spec"] == client.get(f"/v1/jobs/{job_id}").json()["spec"]
     assert answer["orders"]["state"] == "run"
     for path in ("", "/events", "/config"):
         assert "w-123" not in client.get(f"/v1/jobs/{job_id}{path}").text
+    plain = submitted(client)
+    assert assignment(client, plain, started(store, plain)).json()["secrets"] == {}
+
+
+def test_a_job_whose_secret_was_taken_away_fails_with_the_reason_before_it_has_learned_anything(
+    connect: Connect, store: Store, tmp_path: Path
+) -> None:
+    keep(tmp_path / "secrets", "default", "HF_TOKEN", "h-456")
+    client = connect(secrets_dir=tmp_path / "secrets")
+    job_id = submitted(client, spec=QUICKSTART["spec"] | {"secrets": ["HF_TOKEN"]})
+    (tmp_path / "secrets" / "default" / "HF_TOKEN").unlink()
+    token = started(store, job_id)
+    said = problem(assignment(client, job_id, token), 409, "superseded")["detail"]
+    status = client.get(f"/v1/jobs/{job_id}").json()["status"]
+    assert (status["state"], status["reason"]) == ("failed", said)
+    assert "secrets.0 'HF_TOKEN': this tenant has no such secret" in said
+    assert [one["data"]["state"] for one in client.get(f"/v1/jobs/{job_id}/events?kind=transition").json()["data"]] == [
+        "queued", "starting", "failed",
+    ]  # fmt: skip
+
+
+def test_a_job_that_has_learned_something_is_paused_and_goes_on_once_its_secret_is_back(
+    connect: Connect, store: Store, tmp_path: Path
+) -> None:
+    keep(tmp_path / "secrets", "default", "HF_TOKEN", "h-456")
+    client = connect(secrets_dir=tmp_path / "secrets")
+    job_id = submitted(client, spec=QUICKSTART["spec"] | {"secrets": ["HF_TOKEN"]})
+    deliver(client, job_id, started(store, job_id), 1, {"kind": "transition", "state": "running"}, STEP)
+    brought_to(store, job_id, "recovering")
+    (tmp_path / "secrets" / "default" / "HF_TOKEN").unlink()
+    problem(assignment(client, job_id, started(store, job_id), 2), 409, "superseded")
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert (job["status"]["state"], job["desired"]["state"]) == ("paused", "pause")
+    assert "resume it" in job["status"]["reason"]
+    keep(tmp_path / "secrets", "default", "HF_TOKEN", "h-789")
+    assert client.post(f"/v1/jobs/{job_id}:resume").json()["status"]["state"] == "queued"
+    assert assignment(client, job_id, started(store, job_id), 3).json()["secrets"] == {"HF_TOKEN": "h-789"}
+
+
+def test_own_code_that_was_accepted_for_one_tenant_is_not_launched_beside_a_second_one(
+    connect: Connect, store: Store
+) -> None:
+    client = connect(allow_rewards=["*"])
+    job_id = submitted(client, spec=QUICKSTART["spec"] | {"verifier": {"reward": "rewards:score"}})
+    assert client.post("/v1/api-keys", json={"name": "k", "tenant": "rival"}).status_code == 201
+    problem(assignment(client, job_id, started(store, job_id)), 409, "superseded")
+    status = client.get(f"/v1/jobs/{job_id}").json()["status"]
+    assert status["state"] == "failed"
+    assert "several tenants share a cluster" in status["reason"]
+
+
+def test_a_job_that_is_being_cancelled_stays_so_though_it_may_not_be_launched(connect: Connect, store: Store) -> None:
+    client = connect(allow_rewards=["*"])
+    job_id = submitted(client, spec=QUICKSTART["spec"] | {"verifier": {"reward": "rewards:score"}})
+    client.post("/v1/api-keys", json={"name": "k", "tenant": "rival"})
+    token = started(store, job_id)
+    client.post(f"/v1/jobs/{job_id}:cancel")
+    problem(assignment(client, job_id, token), 409, "superseded")
+    assert client.get(f"/v1/jobs/{job_id}").json()["status"]["state"] == "cancelling"
 
 
 def test_an_event_nested_too_deep_is_stored_shortened_and_the_next_one_follows(acme: TestClient, store: Store) -> None:

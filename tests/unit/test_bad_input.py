@@ -168,6 +168,18 @@ def test_a_run_dir_that_cannot_be_a_folder_is_named_with_the_way_out(tmp_path: P
     assert "name a folder" in message
 
 
+def test_a_secret_that_is_not_in_the_environment_is_named_with_the_way_out(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOD_TOKEN", "x")
+    monkeypatch.setenv("EMPTY_TOKEN", "")
+    monkeypatch.delenv("LOST_TOKEN", raising=False)
+    message = train(*at(tmp_path, data), "secrets=[GOOD_TOKEN,LOST_TOKEN,EMPTY_TOKEN]")
+    assert "secrets: LOST_TOKEN, EMPTY_TOKEN must be set in the environment" in message
+    assert "export LOST_TOKEN=..." in message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("text", ["[" * 3000, "a: " + "{b: " * 3000 + "1" + "}" * 3000])
 def test_yaml_nested_without_end_is_one_line(tmp_path: Path, text: str) -> None:
     job = tmp_path / "job.yaml"

@@ -15,7 +15,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from sapo_ray.api.jobs import TERMINAL
-from sapo_ray.config.spec import JobSpec
 from sapo_ray.control import confine, quotas, views
 from sapo_ray.control.access import Caller, Reader, Submitter
 from sapo_ray.control.documents import headers, keyed
@@ -34,6 +33,8 @@ _TYPES: dict[str, Format | None] = {
     "application/octet-stream": None,
 }
 _CHUNK = 1 << 18
+MOST_READERS = 100
+"""Jobs that are named when they keep a data set from being deleted."""
 DatasetId = Annotated[str, Path(description="Id of the data set.", examples=["ds-2gd4q7x3zkmbw6tfh5ye"])]
 _BODY = {
     "requestBody": {
@@ -208,26 +209,27 @@ def get_dataset(caller: Reader, control: The, dataset_id: DatasetId) -> Response
 def delete_dataset(caller: Submitter, control: The, dataset_id: DatasetId) -> Response:
     """Refused while a job that has not ended reads it."""
     with control.store.begin() as session:
-        row = _find(session, caller, dataset_id)
+        row = _find(session, caller, dataset_id, lock=True)
         going = select(JobRow.id, JobRow.spec).where(
             JobRow.tenant == caller.tenant, JobRow.state.not_in(sorted(TERMINAL))
         )
-        for job_id, spec in session.execute(going):
-            if dataset_id in confine.dataset_ids(JobSpec.model_validate(spec)):
-                raise Refused(
-                    409,
-                    "illegal_transition",
-                    f"job {job_id} reads this data set and has not ended",
-                    hint="cancel the job first, or wait for its end",
-                    job_id=job_id,
-                )
+        readers = [id for id, spec in session.execute(going) if dataset_id in confine.dataset_ids(spec)]
+        if readers:
+            who = f"job {readers[0]} reads" if len(readers) == 1 else f"{len(readers)} jobs, {readers[0]} first, read"
+            raise Refused(
+                409,
+                "illegal_transition",
+                f"{who} this data set and {'has' if len(readers) == 1 else 'have'} not ended",
+                hint="cancel what reads it first, or wait for its end",
+                job_ids=readers[:MOST_READERS],
+            )
         datasets.delete(session, row)
     FilePath(row.path).unlink(missing_ok=True)
     return Response(status_code=204)
 
 
-def _find(session: Session, caller: Caller, dataset_id: str) -> DatasetRow:
-    row: DatasetRow | None = datasets.get(session, caller.tenant, dataset_id)
+def _find(session: Session, caller: Caller, dataset_id: str, *, lock: bool = False) -> DatasetRow:
+    row: DatasetRow | None = datasets.get(session, caller.tenant, dataset_id, lock=lock)
     if row is None:
         raise not_found(f"data set {dataset_id[:64]!r}")
     return row

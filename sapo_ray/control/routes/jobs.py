@@ -100,6 +100,7 @@ def submit(
     def work(session: Session) -> Answer:
         quotas.check_queue(session, caller.tenant, control.settings)
         spec = found[0]
+        specs.hold_datasets(session, caller.tenant, spec)
         scale = _scale(spec.rollout.workers)
         row = jobs.create_job(
             session,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path as FilePath
 from typing import Annotated
 
 import structlog
@@ -13,8 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import ValidationError
 
 from sapo_ray.api.link import Assignment, DriverEvents, Orders, Received
-from sapo_ray.config.spec import JobSpec
-from sapo_ray.control import confine, specs
+from sapo_ray.control import launch
 from sapo_ray.control.body import parse_leniently
 from sapo_ray.control.documents import json_body, problems
 from sapo_ray.control.problems import Refused, wrong_shape
@@ -27,8 +23,6 @@ router = APIRouter(prefix="/v1/link", tags=["link"])
 _token = HTTPBearer(
     auto_error=False, scheme_name="driver", description="Token of one attempt of one job; lies in its run directory."
 )
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
-MOST_SECRET_BYTES = 1 << 16
 Attempt = Annotated[int, Path(ge=1, le=2**31 - 1, description="The driver's attempt.")]
 _DELIVERY = {
     "two events": {
@@ -113,7 +107,7 @@ def _ingest(control: Control, driver: tuple[str, int], raw: bytes) -> Response:
     responses=problems(401, 409, 422),
 )
 async def assignment(driver: Driver, control: The) -> Response:
-    """The job with its data sets' files, its folder, the tenant's secrets, and the desired state."""
+    """The job with its data sets' files, its folder, the secrets that it names, and the desired state."""
     return await control.rooms.link.run(_assigned, control, driver)
 
 
@@ -123,34 +117,26 @@ def _assigned(control: Control, driver: tuple[str, int]) -> Response:
         row = jobs.get_job(session, None, job_id)
         if row is None or row.attempt != attempt:
             raise Superseded(0 if row is None else row.attempt)
-        spec = confine.with_files(
-            JobSpec.model_validate(row.spec), lambda id: specs.stored_path(session, row.tenant, id)
-        )
-        answer = Assignment(
-            job_id=job_id,
-            attempt=attempt,
-            run_dir=row.run_dir,
-            spec=spec.model_dump(mode="json"),
-            secrets=read_secrets(control.settings.secrets_dir, row.tenant),
-            orders=_orders(row),
-        )
-    return respond(answer)
-
-
-def read_secrets(folder: FilePath | None, tenant: str) -> dict[str, str]:
-    """The operator's secrets for a tenant's jobs, as environment variables; a line's end at their end is dropped."""
-    if folder is None or "/" in tenant or tenant.startswith("."):
-        return {}
-    try:
-        entries = sorted(os.scandir(folder / tenant), key=lambda entry: entry.name)
-    except FileNotFoundError:
-        return {}
-    found = {}
-    for entry in entries:
-        if _VARIABLE.fullmatch(entry.name) and entry.is_file():
-            with open(entry.path, encoding="utf-8") as file:
-                found[entry.name] = file.read(MOST_SECRET_BYTES).removesuffix("\n")
-    return found
+        try:
+            spec, secrets = launch.what_to_run(session, row, control.settings)
+        except Refused as refusal:
+            refused = refusal
+        else:
+            orders = _orders(row)
+            return respond(
+                Assignment(
+                    job_id=job_id,
+                    attempt=attempt,
+                    run_dir=row.run_dir,
+                    spec=spec.model_dump(mode="json"),
+                    secrets=secrets,
+                    orders=orders,
+                )
+            )
+    with control.store.begin() as session:
+        reason = launch.give_up(session, job_id, attempt, refused)
+    log.warning("not_launched", job_id=job_id, attempt=attempt, reason=reason)
+    raise Refused(409, "superseded", reason, hint="end this process; the job is not to be run as it is")
 
 
 def _made_for(control: Control, token: str) -> tuple[str, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sqlalchemy import select
@@ -52,12 +52,24 @@ def add(
     return row
 
 
-def get(s: Session, tenant: str | None, id: str, *, deleted: bool = False) -> DatasetRow | None:
-    """The data set, if it is the tenant's (None: anybody's) and, unless asked for, not deleted."""
-    row = s.get(DatasetRow, id, populate_existing=True) if is_id(PREFIX, id) else None
+def get(s: Session, tenant: str | None, id: str, *, deleted: bool = False, lock: bool = False) -> DatasetRow | None:
+    """The data set, if it is the tenant's (None: anybody's) and, unless asked for, not deleted.
+
+    `lock` waits for those who `hold` it.
+    """
+    known = is_id(PREFIX, id)
+    row = s.get(DatasetRow, id, populate_existing=True, with_for_update=lock or None) if known else None
     if row is None or (row.deleted_at is not None and not deleted):
         return None
     return row if tenant in (None, row.tenant) else None
+
+
+def hold(s: Session, tenant: str, ids: Collection[str]) -> set[str]:
+    """Which of these the tenant has; none of those can be deleted before this transaction ends."""
+    if not ids:
+        return set()
+    mine = DatasetRow.tenant == tenant, DatasetRow.deleted_at.is_(None), DatasetRow.id.in_(sorted(ids))
+    return set(s.scalars(select(DatasetRow.id).where(*mine).order_by(DatasetRow.id).with_for_update(read=True)))
 
 
 def list_datasets(s: Session, tenant: str | None, *, after: str | None = None, limit: int = 100) -> list[DatasetRow]:

@@ -202,6 +202,22 @@ def test_a_wrong_value_is_refused_with_key_value_bound_and_remedy(section: str, 
     assert message in text
 
 
+@pytest.mark.parametrize(
+    ("secrets", "message"),
+    [
+        ("HF_TOKEN", "secrets must be a list of texts, got 'HF_TOKEN'"),
+        (["hf_token"], "secrets.0 must be capitals, digits and underscores, as HF_TOKEN is, got 'hf_token'"),
+        (["OK", "A=b"], "secrets.1 must be capitals, digits and underscores"),
+        (["OK", 5], "secrets.1 must be text, got 5"),
+        ([""], "secrets.0 must be capitals"),
+    ],
+)
+def test_secrets_are_a_list_of_names(secrets: Any, message: str):
+    with pytest.raises(ConfigError) as caught:
+        resolve({"preset": "quickstart", "secrets": secrets})
+    assert message in str(caught.value)
+
+
 def test_a_name_that_no_folder_should_bear_is_refused():
     assert "name" in problems(MINIMAL | {"name": "a/b"})
     assert "Letters, digits, dot, dash, underscore" in problems(MINIMAL | {"name": "a/b"})
@@ -281,7 +297,7 @@ def test_what_is_missing_is_named_with_an_example():
             "data.train.0.wieght is not a key; did you mean data.train.0.w",
         ),
         ({"checkpoint": {"xyzzy": 1}}, "checkpoint.xyzzy is not a key; checkpoint has: every, keep, min_free_gb"),
-        ({"xyzzy": 1}, "xyzzy is not a key; a job has: preset, name, seed, steps, run_dir, model"),
+        ({"xyzzy": 1}, "xyzzy is not a key; a job has: preset, name, seed, steps, run_dir, secrets, model"),
         ({3: 1}, "3 is not a key; a job has: preset"),
     ],
 )

@@ -36,7 +36,7 @@ def test_a_list_that_grew_is_one_changed_key():
     assert changed_keys(BASE, resolve(QUICK, ["data.train.1.path=more.jsonl"])) == ["data.train"]
 
 
-def test_a_resume_may_change_steps_workers_checkpoints_evaluation_logging_and_deadlines():
+def test_a_resume_may_change_steps_workers_checkpoints_evaluation_logging_deadlines_and_secrets():
     overrides = [
         "steps=80",
         "rollout.workers=3",
@@ -44,10 +44,12 @@ def test_a_resume_may_change_steps_workers_checkpoints_evaluation_logging_and_de
         "evaluation.data.0.limit=9",
         "logging.sample_groups=0",
         "deadlines.batch_s=9",
+        "secrets=[HF_TOKEN]",
     ]
     new, changed = resume_job(json.loads(to_json(BASE)), overrides)
     assert changed == [
         "steps",
+        "secrets",
         "rollout.workers",
         "checkpoint.every",
         "evaluation.data.0.limit",

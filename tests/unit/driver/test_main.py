@@ -175,6 +175,33 @@ def test_secrets_are_in_the_environment_of_the_driver_and_nowhere_else(
         assert secret not in written + out + err + json.dumps(control.events())
 
 
+@pytest.mark.parametrize("error", [WorkerLost, ValueError])
+def test_a_secret_that_an_error_message_brings_along_is_masked_wherever_it_would_be_written(
+    control: FakeControl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: type[Exception],
+) -> None:
+    def trains(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, *_: Any) -> Any:
+        journal.event("condition", condition="Odd", reason="sent s3cr3t-value", more=[{"header": 's3cr3t-"value"'}])
+        raise error("401 for token s3cr3t-value")
+
+    monkeypatch.setattr(runs, "_train_and_export", trains)
+    values = {"HF_TOKEN": "s3cr3t-value", "QUOTED": 's3cr3t-"value"', "SHORT": "on"}
+    for name in values:
+        monkeypatch.setenv(name, "before")
+    control.assignment["secrets"] = values
+    control.assignment["spec"] = job(secrets=list(values)).model_dump(mode="json")
+    assert start(control, tmp_path) == drivers.FAILED
+    written = "".join(path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    out, err = capfd.readouterr()
+    assert "s3cr3t" not in written + out + err + json.dumps(control.events())
+    assert control.events()[-1]["reason"] == f"{error.__name__}: 401 for token ***"
+    odd = next(event for event in control.events() if event["kind"] == "condition")
+    assert (odd["reason"], odd["more"]) == ("sent ***", [{"header": "***"}])
+
+
 @pytest.mark.parametrize(("error", "state"), [(WorkerLost("rank 0 died"), "interrupted"), (ValueError("x"), "failed")])
 def test_an_end_that_another_attempt_may_outlive_is_told_from_one_that_it_would_repeat(
     control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
@@ -183,11 +210,7 @@ def test_an_end_that_another_attempt_may_outlive_is_told_from_one_that_it_would_
         raise error
 
     monkeypatch.setattr(runs, "_train_and_export", trains)
-    if state == "interrupted":
-        assert start(control, tmp_path) == drivers.FAILED
-    else:
-        with pytest.raises(ValueError, match="x"):
-            start(control, tmp_path)
+    assert start(control, tmp_path) == drivers.FAILED
     assert ends(control) == [(state, f"{type(error).__name__}: {error}")]
 
 
