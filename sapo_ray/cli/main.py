@@ -3,6 +3,7 @@
 training.py     train resume validate eval      one job on this machine, without a service
 jobs.py         submit jobs get watch ...       jobs on a service (SAPO_URL, SAPO_API_KEY)
 logs.py         logs
+diagnose.py     diagnose                        what is the matter with a job, or a run
 service.py      serve keys datasets models      the service itself
 quickstart.py   quickstart                      a service for one job, from start to end
 tools.py        gates grade                     parts by themselves
@@ -17,7 +18,7 @@ from typing import Annotated
 import typer
 
 from sapo_ray import __version__
-from sapo_ray.cli import jobs, logs, quickstart, service, tools, training
+from sapo_ray.cli import diagnose, jobs, logs, quickstart, service, tools, training
 
 RUNS = "One job on this machine"
 JOBS = "Jobs on a service (SAPO_URL, SAPO_API_KEY)"
@@ -46,7 +47,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     RUNS: (training.train, training.resume, training.validate, training.evaluate),
     JOBS: (
-        *(jobs.submit, jobs.jobs, jobs.get, jobs.watch, logs.logs, jobs.samples, jobs.export),
+        *(jobs.submit, jobs.jobs, jobs.get, jobs.watch, diagnose.diagnose, logs.logs, jobs.samples, jobs.export),
         *(jobs.pause, jobs.cancel, jobs.checkpoint, jobs.scale, jobs.delete),
     ),
     SERVICE: (service.serve, quickstart.quickstart, service.models),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 from urllib.parse import quote
 
+from sapo_ray.api.diagnosis import Diagnosis
 from sapo_ray.api.jobs import TERMINAL, Event, Job, Scale
 from sapo_ray.client.download import Progress, RemoteFile, download
 from sapo_ray.client.errors import BadReply, Conflict
@@ -212,6 +213,10 @@ class Jobs:
     def workers(self, job_id: str) -> Rows:
         """The job's workers, as last reported."""
         return _rows(self._transport, f"{self._path(job_id)}/workers")
+
+    def diagnosis(self, job_id: str) -> Diagnosis:
+        """What is the matter with the job: verdict, the part it is about, why, what to do."""
+        return read(Diagnosis, self._transport.request("GET", f"{self._path(job_id)}/diagnosis").json())
 
     def metrics(self, job_id: str, *, from_step: int | None = None, names: Sequence[str] | None = None) -> Rows:
         """One row a step: `step` and the metrics (docs/metrics.md), all or those named."""

@@ -31,6 +31,7 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.admission import Admission
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.parts import Ref, Rollouts, Verifiers
+from sapo_ray.driver.pulse import Pulse
 from sapo_ray.errors import NoWorker, ResourceError, WorkerLost
 from sapo_ray.types import (
     CompletionMeta,
@@ -74,11 +75,14 @@ class GradedGroup:
 class Collector:
     """Collects groups; any number of `collect` calls run side by side."""
 
-    def __init__(self, spec: JobSpec, rollouts: Rollouts, verifiers: Verifiers, journal: Journal) -> None:
+    def __init__(
+        self, spec: JobSpec, rollouts: Rollouts, verifiers: Verifiers, journal: Journal, pulse: Pulse | None = None
+    ) -> None:
         self._spec = spec
         self._rollouts = rollouts
         self._verifiers = verifiers
         self._journal = journal
+        self._pulse = pulse or Pulse()
         self._suspects = asyncio.Lock()
         self._admission = Admission(self._places)
 
@@ -97,10 +101,12 @@ class Collector:
             try:
                 suspected = misses > 0 or losses > 1
                 async with self._suspects if suspected else nullcontext(), self._admission.admitted(samples):
-                    await self._generate(prompt, seeds, finished, temperature, max_new_tokens)
-                gradings = await self._verifiers.grade(
-                    prompt.text, prompt.gold, [finished[i][1] for i in range(samples)]
-                )
+                    with self._pulse.timed("sample"):
+                        await self._generate(prompt, seeds, finished, temperature, max_new_tokens)
+                with self._pulse.timed("grade"):
+                    gradings = await self._verifiers.grade(
+                        prompt.text, prompt.gold, [finished[i][1] for i in range(samples)]
+                    )
                 break
             except NoWorker as error:  # its worker is being replaced: whoever waits for this group has a bound too
                 self._journal.ledger("waited", group=prompt.id, reason=str(error))

@@ -36,6 +36,7 @@ from ray.exceptions import RayError
 from sapo_ray.algorithms.settings import Objective
 from sapo_ray.config.load import spec_hash
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.diagnosis.vitals import POOL
 from sapo_ray.driver.batch import Batch, batch_metrics, sample_rows, stale_by_length
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector
@@ -44,6 +45,7 @@ from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
+from sapo_ray.driver.pulse import Pulse
 from sapo_ray.driver.rundir import superseded
 from sapo_ray.driver.state import DriverState, restore_window, save_state
 from sapo_ray.driver.waits import bounded
@@ -100,6 +102,7 @@ class Driver:
         checkpoints: Checkpoints,
         trackers: list[Tracker],
         orders: StandingOrders | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self._spec = spec
         self._attempt = attempt
@@ -111,7 +114,8 @@ class Driver:
         self._checkpoints = checkpoints
         self._trackers = trackers
         self._orders = orders or StandingOrders()
-        self._collector = Collector(spec, parts.rollouts, parts.verifiers, journal)
+        self._pulse = pulse or Pulse()
+        self._collector = Collector(spec, parts.rollouts, parts.verifiers, journal, self._pulse)
         self._intake = Intake(
             spec=spec, objective=objective, prompts=prompts, collector=self._collector, journal=journal
         )
@@ -210,7 +214,8 @@ class Driver:
         if checkpoint is not None:
             with self._phase("restore"):
                 state = DriverState.read(checkpoint, self._prompts.fingerprint, spec_hash(self._spec))
-                await self._parts.learner.load(checkpoint / "learner")
+                with self._pulse.at("learner", "restore", f"loading {checkpoint.name}"):
+                    await self._parts.learner.load(checkpoint / "learner")
                 self._step = state.step
                 self._before = state.before
                 self._updates = state.updates
@@ -240,13 +245,15 @@ class Driver:
         """The next groups in issue order; what cannot be used is dropped on the way."""
         with self._phase("generation"):
             async with self._bounded("the next batch of graded groups", self._spec.deadlines.batch_s):
-                return await self._intake.next_batch(self._version())
+                with self._pulse.at(POOL, "sample", f"the groups of step {self._step + 1}"):
+                    return await self._intake.next_batch(self._version())
 
     async def _train(self, batch: Batch) -> dict[str, float]:
         """One learner step: all its updates. Afterwards the batch is consumed."""
         with self._phase("training"):
             async with self._bounded("the learner's step", self._spec.deadlines.step_s + GRACE_S):
-                report = await self._parts.learner.train(self._step + 1, list(batch.samples))
+                with self._pulse.at("learner", "train", f"training step {self._step + 1}"):
+                    report = await self._parts.learner.train(self._step + 1, list(batch.samples))
         metrics = batch_metrics(batch, self._intake.examined, self._spec, self._step)
         self._step += 1
         self._updates += report.updates
@@ -262,8 +269,10 @@ class Driver:
                 "publishing weights and the workers' takeover", 2 * self._spec.deadlines.publish_s + GRACE_S
             ):
                 receivers = self._parts.rollouts.push_targets()
-                self._published = await self._parts.learner.publish(self._version(), receivers)
-                takeovers = await self._parts.rollouts.update(self._published)
+                with self._pulse.at("learner", "publish", f"publishing weights {self._version()}"):
+                    self._published = await self._parts.learner.publish(self._version(), receivers)
+                with self._pulse.at(POOL, "takeover", f"taking weights {self._version()} over"):
+                    takeovers = await self._parts.rollouts.update(self._published)
         self._journal.ledger(
             "published",
             version=str(self._version()),
@@ -298,10 +307,12 @@ class Driver:
             self._journal.event("condition", condition="StaleDrops", rate=stale)
         for tracker in self._trackers:
             tracker.log(self._step, metrics)
-        await self._keep_samples(batch)
+        with self._pulse.at("storage", "write", "keeping samples"):
+            await self._keep_samples(batch)
         drops = {str(reason): count for reason, count in self._intake.drops.items()}
         self._journal.event("step", step=self._step, steps=self._spec.steps, drops=drops, metrics=metrics)
-        await self._journal.sync()
+        with self._pulse.at("storage", "write", "making the journal durable"):
+            await self._journal.sync()
 
     async def _keep_samples(self, batch: Batch) -> None:
         """Texts of the first groups of the batch, for people to read."""
@@ -327,7 +338,8 @@ class Driver:
         request = self._orders.checkpoint_request()
         with self._phase("checkpoint"):
             async with self._bounded("the checkpoint", self._spec.deadlines.checkpoint_s + GRACE_S):
-                folder = await self._checkpoints.write(self._step, self._fill_checkpoint, self._stop_if_superseded)
+                with self._pulse.at("checkpoint", "checkpoint", f"writing the checkpoint of step {self._step}"):
+                    folder = await self._checkpoints.write(self._step, self._fill_checkpoint, self._stop_if_superseded)
         self._orders.checkpoint_made(request)
         self._journal.event("checkpoint", step=self._step, name=folder.name)
         await self._journal.sync()
@@ -376,7 +388,7 @@ class Driver:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Count the seconds spent in a phase."""
-        began = time.monotonic()
+        began, self._pulse.phase = time.monotonic(), name
         try:
             yield
         finally:

@@ -23,6 +23,7 @@ import time
 from typing import Any
 
 from sapo_ray.api.link import MAX_BATCH, Received
+from sapo_ray.diagnosis.vitals import Activity
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.outbox import Outbox
@@ -78,6 +79,14 @@ class Link:
         """Listener of the journal: what is urgent does not wait for the interval."""
         if event["kind"] in URGENT:
             self._wake.set()
+
+    def activity(self) -> list[Activity]:
+        """The control plane's part: it is asked for an answer since it last gave one. On any thread."""
+        since = self._away_since
+        if since is None:
+            return []
+        at = time.time() - (time.monotonic() - since)
+        return [Activity(name="control plane", kind="deliver", task="taking events", since=at, progress=at)]
 
     def close(self) -> None:
         """Deliver the rest, within the flush bound; say so where that fails. The journal closes after this."""

@@ -37,6 +37,7 @@ from sapo_ray.driver.masking import hidden_of, masked
 from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.payloads import RayPayloads
+from sapo_ray.driver.pulse import Pulse, pulse_of
 from sapo_ray.driver.result import finished_steps, machine, package_versions, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.tracking import trackers_of
@@ -135,7 +136,8 @@ def _journalled(
             journal.event("condition", condition="ScaleDeferred", reason=workers, cleared=True)
         journal.sync_now()
         orders = StandingOrders() if by is None else by.orders
-        outcome = _train_and_export(spec, run_dir, attempt, journal, orders, interrupts)
+        with pulse_of(spec, journal, None if by is None else by.link.activity) as pulse:
+            outcome = _train_and_export(spec, run_dir, attempt, journal, orders, interrupts, pulse)
     except Ended as order:
         end(order.state, f"{order.state} while the job was starting; nothing was trained by this attempt")
     except Superseded as error:
@@ -167,7 +169,13 @@ def _journalled(
 
 
 def _train_and_export(
-    spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, orders: StandingOrders, interrupts: Interrupts
+    spec: JobSpec,
+    run_dir: Path,
+    attempt: int,
+    journal: Journal,
+    orders: StandingOrders,
+    interrupts: Interrupts,
+    pulse: Pulse,
 ) -> Outcome:
     """From the checks that need no engine to the exported model."""
     architecture = find_architecture(spec.model)
@@ -187,10 +195,14 @@ def _train_and_export(
         journal.event("warm_start", step=step, loss=loss, accuracy=accuracy)
         orders.check_start(has_checkpoint=checkpoint is not None)
 
-    inputs = prepare_inputs(spec, run_dir / "model", on_warm_start)
+    pulse.phase = "model"
+    with pulse.at("model", "model", "preparing model and data"):
+        inputs = prepare_inputs(spec, run_dir / "model", on_warm_start)
     orders.check_start(has_checkpoint=checkpoint is not None)
     with trackers_of(spec, run_dir, step_of(checkpoint) if checkpoint else 0, journal) as trackers:
-        run = _run(spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders, interrupts)
+        run = _run(
+            spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders, interrupts, pulse
+        )
         return asyncio.run(_unless_failed(run, orders))
 
 
@@ -211,24 +223,27 @@ async def _run(
     trackers: list[Tracker],
     orders: StandingOrders,
     interrupts: Interrupts,
+    pulse: Pulse,
 ) -> Outcome:
     """Start the pools, drive them, export; end everything whatever happens."""
     interrupts.cancel_here()
     journal.event("phase", phase="start")
     began = time.monotonic()
     with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), run_dir / "logs"):
-        rollouts = RolloutPool(spec, str(inputs.model_path))
+        rollouts, verifiers = RolloutPool(spec, str(inputs.model_path)), VerifierPool(spec.verifier)
         learner = LearnerGroup(spec, str(inputs.model_path))
         parts = Parts(
             rollouts=rollouts,
-            verifiers=VerifierPool(spec.verifier),
+            verifiers=verifiers,
             learner=learner,
             payloads=RayPayloads(),
         )
         interrupts.cancel_here()  # again: Ray takes SIGTERM for itself
+        beats = asyncio.create_task(pulse.beat(rollouts.activity, verifiers.activity))
         try:
             async with orders.heeded(orders.start_patience(has_checkpoint=checkpoint is not None)):
-                await start_together(parts.rollouts.start(), parts.verifiers.start(), parts.learner.start())
+                with pulse.at("learner", "start", "starting"):
+                    await start_together(rollouts.start(), verifiers.start(), learner.start())
                 await parts.learner.set_canary(inputs.canary)
             started = time.monotonic() - began
             journal.event("transition", state="running", attempt_seconds=round(started, 1))
@@ -244,6 +259,7 @@ async def _run(
                 checkpoints=checkpoints,
                 trackers=trackers,
                 orders=orders,
+                pulse=pulse,
             )
             forwarding = asyncio.create_task(_forward(rollouts.events, journal))
             try:
@@ -255,11 +271,13 @@ async def _run(
             outcome.seconds.update({"model": inputs.seconds, "start": started})
             if outcome.ending == "paused" or (outcome.ending == "cancelled" and orders.discard):
                 return outcome
-            return await export(
-                outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s
-            )
+            with pulse.at("export", "export", "writing the trained model"):
+                return await export(
+                    outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s
+                )
         finally:
             interrupts.ending()
+            beats.cancel()
             await close_all(
                 journal,
                 rollouts=parts.rollouts.close(),

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.diagnosis.vitals import Activity
 from sapo_ray.errors import DeadlineExceeded, NoWorker, SapoRayError, TrainingFailed, WeightsRefused, WorkerLost
 from sapo_ray.placement import wants_gpus
 from sapo_ray.rollout.remote import Ref, RemoteWorker, WorkerInfo, WorkerState
@@ -81,6 +82,10 @@ class RolloutPool:
     def workers(self) -> list[WorkerInfo]:
         """All workers that exist, starting ones included."""
         return [worker.info() for worker in self._workers.values()]
+
+    def activity(self) -> list[Activity]:
+        """What every worker that has something to do is at."""
+        return [one for worker in self._workers.values() if (one := worker.activity()) is not None]
 
     def living(self) -> int:
         """Workers that sample, or are just taking weights over."""
@@ -212,6 +217,7 @@ class RolloutPool:
     async def _bring(self, worker: RemoteWorker) -> Takeover | None:
         """Bring a worker to the newest weights, however often they change meanwhile. None when it was lost."""
         async with worker.bringing:
+            worker.bringing_since = asyncio.get_running_loop().time()
             while (published := self._published) and worker.version != published.manifest.version:
                 pushed = worker.id in self._pushed_to and published.manifest.transport != "shared_memory"
                 offer = replace(published, buckets=()) if pushed else published

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.diagnosis.vitals import Activity
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerLost
 from sapo_ray.placement import label_selector
 from sapo_ray.rollout.engine import actor_environment
@@ -79,6 +81,8 @@ class RemoteWorker:
         self.takeover: Takeover | None = None
         self.in_flight = 0
         self.bringing = asyncio.Lock()
+        self.bringing_since = 0.0
+        """When the takeover under way began; the loop's clock, as below."""
         self.last_progress = asyncio.get_running_loop().time()
         self._asked = ray_remote_args(spec, gpus)
         self._keys = itertools.count()
@@ -101,6 +105,19 @@ class RemoteWorker:
             address=self._info.get("address"),
             actor=self.actor,
         )
+
+    def activity(self) -> Activity | None:
+        """What it is at; None if it has nothing to do."""
+        if self.state is WorkerState.STARTING:
+            kind, task, since = "start", "starting", self.last_progress
+        elif self.bringing.locked():
+            kind, task, since = "takeover", "taking weights over", self.bringing_since
+        elif self.in_flight:
+            kind, task, since = "sample", f"sampling {self.in_flight} completions", self.last_progress
+        else:
+            return None
+        at = time.time() - (asyncio.get_running_loop().time() - since)
+        return Activity(name=self.id, kind=kind, task=task, since=at, progress=at)
 
     async def start(self, noise: Takeover | None, deadline_s: float) -> None:
         """Load the model; the error carries the actor's own traceback."""

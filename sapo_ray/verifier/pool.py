@@ -24,6 +24,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from sapo_ray.config.spec import VerifierSpec
+from sapo_ray.diagnosis.vitals import Activity
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerLost
 from sapo_ray.placement import label_selector
 from sapo_ray.types import Grading, Verdict
@@ -83,8 +84,17 @@ class _Worker:
         self.name = name
         self.actor: Any = None
         self.in_flight = 0
+        self.progress = time.time()
+        """When it last took or finished a call, came up, or was lost; Unix seconds."""
         self.lost = asyncio.Event()
         """Set when `actor` is given up, so that the calls it holds do not wait for it."""
+
+    def activity(self) -> Activity | None:
+        """What it is at; None if it has nothing to do."""
+        if self.actor is not None and not self.in_flight:
+            return None
+        kind, task = ("start", "starting") if self.actor is None else ("grade", f"grading {self.in_flight} completions")
+        return Activity(name=self.name, kind=kind, task=task, since=self.progress, progress=self.progress)
 
 
 class VerifierPool:
@@ -139,6 +149,10 @@ class VerifierPool:
             Grading(verdict=Verdict.ERROR, reward=None, reason="verifier_unavailable", detail=self._last_failure[:500])
             for _ in payload_refs
         ]
+
+    def activity(self) -> list[Activity]:
+        """What every actor that has something to do is at."""
+        return [one for worker in self._workers if (one := worker.activity()) is not None]
 
     async def stats(self) -> VerifierPoolStats:
         """Bounded by INFO_S. An actor that turns out to be dead is replaced."""
@@ -197,6 +211,8 @@ class VerifierPool:
     ) -> list[Grading] | None:
         """None when the actor failed; it is being replaced then."""
         actor, lost = worker.actor, worker.lost
+        if not worker.in_flight:
+            worker.progress = time.time()
         worker.in_flight += len(refs)
         try:
             call = unless(lost, actor.grade.remote(prompt, gold, *refs), worker.name)
@@ -206,6 +222,7 @@ class VerifierPool:
             return None
         finally:
             worker.in_flight -= len(refs)
+        worker.progress = time.time()
         return gradings
 
     def _bound(self, worker: _Worker) -> float:
@@ -232,7 +249,7 @@ class VerifierPool:
         except BaseException:
             ray.kill(actor)
             raise
-        worker.actor, worker.lost = actor, asyncio.Event()
+        worker.actor, worker.lost, worker.progress = actor, asyncio.Event(), time.time()
         self._a_worker_is_back.set()
         watch = asyncio.create_task(self._watch(worker, actor), name=f"watch {worker.name}")
         self._watches.add(watch)
@@ -256,7 +273,7 @@ class VerifierPool:
         self._workers_lost += 1
         self._last_failure = f"{worker.name}: {type(error).__name__}: {error}".strip()
         log.warning("verifier actor lost: %s", self._last_failure.splitlines()[0])
-        worker.actor = None
+        worker.actor, worker.progress = None, time.time()
         worker.lost.set()
         ray.kill(actor)
         task = asyncio.create_task(self._replace(worker), name=f"replace {worker.name}")

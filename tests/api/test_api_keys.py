@@ -92,6 +92,7 @@ def test_another_tenants_job_is_404_like_one_that_never_was(acme: TestClient, ri
         ("GET", "/scale"),
         ("PUT", "/scale"),
         ("GET", "/workers"),
+        ("GET", "/diagnosis"),
         ("GET", "/events"),
         ("GET", "/metrics"),
         ("GET", "/samples"),

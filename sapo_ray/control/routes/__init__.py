@@ -2,12 +2,26 @@
 
 from fastapi import APIRouter
 
-from sapo_ray.control.routes import actions, datasets, events, files, jobs, keys, link, logs, models, operations, scale
+from sapo_ray.control.routes import (
+    actions,
+    datasets,
+    diagnosis,
+    events,
+    files,
+    jobs,
+    keys,
+    link,
+    logs,
+    models,
+    operations,
+    scale,
+)
 
 ROUTERS: tuple[APIRouter, ...] = (
     jobs.router,
     actions.router,
     scale.router,
+    diagnosis.router,
     events.router,
     logs.router,
     files.router,

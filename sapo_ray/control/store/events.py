@@ -88,6 +88,12 @@ def newest_of_kind(s: Session, job_id: str, attempt: int, kind: str, limit: int)
     return list(s.scalars(query.order_by(EventRow.id.desc()).limit(limit)))
 
 
+def newest_events(s: Session, job_id: str, kinds: Collection[str], limit: int) -> list[EventRow]:
+    """The newest events of these kinds, newest first."""
+    query = select(EventRow).where(EventRow.job_id == job_id, EventRow.kind.in_(sorted(kinds)))
+    return list(s.scalars(query.order_by(EventRow.id.desc()).limit(limit)))
+
+
 def newest_ids(s: Session, job_ids: Iterable[str]) -> dict[str, int]:
     """Id of each job's newest event. Jobs that are gone are left out."""
     wanted = sorted(set(job_ids))

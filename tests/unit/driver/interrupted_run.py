@@ -31,6 +31,9 @@ class Part:
         self.events: asyncio.Queue[Any] = asyncio.Queue()
         self.name = type(self).__name__.lower()
 
+    def activity(self) -> list[Any]:
+        return []
+
     async def start(self) -> None:
         try:
             starting.set()
