@@ -78,9 +78,7 @@ def diagnose(known: Evidence) -> Diagnosis:
 
 def _failed(known: Evidence) -> Diagnosis:
     first = first_cause(known.events, known.reason, known.since, known.attempt, known.log)
-    summary = (
-        f"{known.state} at step {known.step} of {known.steps}; it began with {first.component}: {_line(first.text)}"
-    )
+    summary = f"{known.state}{_step(known)}; it began with {first.component}: {_line(first.text)}"
     remedy = kind_by(first.code).remedy
     return _verdict(known, "failed", first.component, summary, known.since, remedy).model_copy(update={"cause": first})
 
@@ -115,7 +113,7 @@ def _live(known: Evidence) -> Diagnosis:
     if found := stalls(vitals, known.now):
         at = min(known.now, vitals.written)
         return _stalled(known, found, at)
-    summary = f"{known.state}, step {known.step} of {known.steps}, {vitals.phase}"
+    summary = f"{known.state}{_step(known)}, phase {vitals.phase}"
     if busy := names(vitals.components):
         summary += f"; at work: {busy}"
     return _verdict(known, "healthy", None, summary, known.since)
@@ -210,6 +208,10 @@ def _remedy(component: str) -> str:
     return REMEDIES.get(component) or next(
         (text for name, text in REMEDIES.items() if component.startswith(name)), REMEDIES[DRIVER]
     )
+
+
+def _step(known: Evidence) -> str:
+    return f", step {known.step} of {known.steps}" if known.steps else ""
 
 
 def _since(condition: Mapping[str, Any], known: Evidence) -> float:

@@ -228,6 +228,7 @@ async def _run(
     """Start the pools, drive them, export; end everything whatever happens."""
     interrupts.cancel_here()
     journal.event("phase", phase="start")
+    pulse.phase = "start"
     began = time.monotonic()
     with ray_for(spec, published_bytes(inputs.model_path, spec.rollout_dtype), run_dir / "logs"):
         rollouts, verifiers = RolloutPool(spec, str(inputs.model_path)), VerifierPool(spec.verifier)

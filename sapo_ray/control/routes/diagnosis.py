@@ -59,7 +59,7 @@ _EXAMPLES = {
         "value": {
             "verdict": "failed",
             "component": "rollout-0",
-            "summary": "failed at step 12 of 60; it began with rollout-0: rollout-0 died (sample group a:17:0)",
+            "summary": "failed, step 12 of 60; it began with rollout-0: rollout-0 died (sample group a:17:0)",
             "since": "2026-11-23T10:15:00Z",
             "remedy": "give the part more memory, or ask for less: fewer rollout.max_num_seqs",
             "cause": {
