@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from sapo_ray import __version__
-from sapo_ray.cli import diagnose, jobs, logs, quickstart, service, tools, training
+from sapo_ray.cli import auditing, diagnose, jobs, logs, quickstart, service, tools, training
 
 RUNS = "One job on this machine"
 JOBS = "Jobs on a service (SAPO_URL, SAPO_API_KEY)"
@@ -45,7 +45,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    RUNS: (training.train, training.resume, training.validate, training.evaluate),
+    RUNS: (training.train, training.resume, training.validate, training.evaluate, auditing.audit),
     JOBS: (
         *(jobs.submit, jobs.jobs, jobs.get, jobs.watch, diagnose.diagnose, logs.logs, jobs.samples, jobs.export),
         *(jobs.pause, jobs.cancel, jobs.checkpoint, jobs.scale, jobs.delete),

@@ -47,7 +47,7 @@ from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.pulse import Pulse
 from sapo_ray.driver.rundir import superseded
-from sapo_ray.driver.state import DriverState, restore_window, save_state
+from sapo_ray.driver.state import DriverState, complete_groups, restore_window, save_state
 from sapo_ray.driver.waits import bounded
 from sapo_ray.errors import Superseded, TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
@@ -210,6 +210,15 @@ class Driver:
 
     async def _begin(self, checkpoint: Path | None) -> DriverState | None:
         """Initial or restored weights to all workers: nothing is issued under others."""
+        rollout = self._spec.rollout
+        self._journal.ledger(  # for whoever reads the journal alone
+            "bounds",
+            steps=self._spec.steps,
+            prompts=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            max_staleness=rollout.max_staleness,
+            keep=self._spec.checkpoint.keep,
+        )
         state = None
         if checkpoint is not None:
             with self._phase("restore"):
@@ -235,8 +244,10 @@ class Driver:
         else:
             assert checkpoint is not None
             await restore_window(state, checkpoint, self._intake.window, self._parts.payloads, self._intake.collect)
-            for entry in self._intake.window.waiting():
-                self._journal.ledger("issued", group=entry.prompt.id, index=entry.prompt.index, restored=True)
+            kept = complete_groups(checkpoint)
+            for prompt in (entry.prompt for entry in self._intake.window.waiting()):
+                complete = prompt.id in kept
+                self._journal.ledger("issued", group=prompt.id, index=prompt.index, restored=True, complete=complete)
         self._intake.fill(self._version())
 
     # --- one step --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The journal of a run: what happened, in order, durable before anything that depends on it is visible.
 
-`journal.jsonl` holds two streams in one file. The *ledger* follows every prompt and completion (`issued`, `graded`,
-`dropped`, `consumed`, `rollback`, `checkpoint`). *Events* are for people and for the control plane (`transition`,
+`journal.jsonl` holds two streams in one file. The *ledger* follows every prompt and completion (`bounds`, `issued`,
+`graded`, `dropped`, `consumed`, `published`, ...). *Events* are for people and for the control plane (`transition`,
 `phase`, `step`, `evaluation`, `condition`, ...); each carries `seq`, contiguous from 1 within its attempt.
 
 A line is one JSON object with `time` (Unix seconds), `attempt`, `kind`, and the fields of its kind. Lines are buffered

@@ -60,6 +60,12 @@ class DriverState:
         return cls(**{**values, "before": before, "name": folder.name})
 
 
+def complete_groups(folder: Path) -> frozenset[str]:
+    """Prompts whose groups a checkpoint holds complete."""
+    outstanding = json.loads((folder / "driver.json").read_text())["outstanding"]
+    return frozenset(item["prompt"]["id"] for item in outstanding if item["complete"])
+
+
 async def save_state(state: DriverState, folder: Path, window: Window, payloads: Payloads) -> None:
     """Write the driver's files of a checkpoint. The window holds nothing consumed at a cut."""
     outstanding, groups, refs = [], [], []

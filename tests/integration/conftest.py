@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 from learner_probe import Learners
 
+from sapo_ray.audit import audit
 from sapo_ray.models.builtin import make_addition_model
+
+
+@pytest.fixture(autouse=True)
+def every_run_is_audited(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test does to a run: nothing is lost, doubled, too old, or under weights that nobody took over."""
+    yield
+    if "tmp_path" in request.fixturenames:
+        for journal in request.getfixturevalue("tmp_path").rglob("journal.jsonl"):
+            assert audit(journal.parent).findings == [], journal
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from harness import Command, rows, run, wait_for
 
+from sapo_ray.audit import audit
+
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,7 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted: Path) -> None:
     texts = rows(uninterrupted / "samples.jsonl")
     assert len(texts) == 5 * 4 * 4
     assert all(row["prompt"].endswith("=") for row in texts)
+    assert audit(uninterrupted).findings == []
 
 
 def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_uninterrupted_one(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sapo_ray.algorithms.settings import resolve as resolve_objective
+from sapo_ray.audit import audit
 from sapo_ray.config.load import resolve
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.checkpoint import Checkpoints
@@ -215,7 +216,7 @@ class FakeLearner:
         self.number = version.number
         manifest = WeightsManifest(
             version=version,
-            fingerprint=f"{version.number:016x}",
+            fingerprint=f"{version.attempt:08x}{version.number:08x}",
             tensors=(),
             bucket_nbytes=(),
             canary=Canary(sequences=(), logprobs=()),
@@ -298,6 +299,8 @@ class Bench:
             return await driver.run(checkpoints.newest())
         finally:
             journal.close()
+            found = audit(self.run_dir).findings  # whatever a test is about, nothing is lost or doubled on the way
+            assert found == [], found
 
     def next_life(self, **changes: Any) -> Bench:
         """The same run after everything but its files is gone."""
