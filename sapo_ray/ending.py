@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from sapo_ray.errors import SapoRayError
+from sapo_ray.terminal import printable
 
 
 class _Terminated(KeyboardInterrupt):
@@ -70,7 +71,7 @@ def user_errors() -> Iterator[Heard]:
         yield heard
     except SapoRayError as error:
         Console(stderr=True).print(f"[red]error:[/] {type(error).__name__}", highlight=False)
-        print(str(error), file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         heard.tell()
         raise typer.Exit(1) from error
     except (KeyboardInterrupt, asyncio.CancelledError) as error:

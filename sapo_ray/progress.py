@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+
+from sapo_ray.terminal import printable, shown
 
 PHASES = {
     "model": "model and data",
@@ -19,6 +20,7 @@ PHASES = {
     "evaluating": "held-out accuracy",
     "evaluate_after": "accuracy after",
     "export": "exporting model",
+    "output": "copying model",
 }
 PLAIN_EVERY = 5
 """Without a terminal, one line so many steps."""
@@ -74,7 +76,7 @@ class ProgressDisplay:
         self._current = phase
         total = event.get("steps")
         self._tasks[phase] = self._bars.add_task(
-            escape(PHASES.get(phase, phase)), total=total, completed=event.get("step", 0) if total else 0, note=""
+            shown(PHASES.get(phase, phase)), total=total, completed=event.get("step", 0) if total else 0, note=""
         )
         self._plain(f"{PHASES.get(phase, phase)} ...")
 
@@ -108,34 +110,34 @@ class ProgressDisplay:
 
     def _on_condition(self, event: dict[str, Any]) -> None:
         if event["condition"] == "Advice":
-            self._say(f"[yellow]note:[/] {escape(str(event['reason']))}")
+            self._say(f"[yellow]note:[/] {shown(str(event['reason']))}")
             return
         details = ", ".join(
             f"{key} {value}"
             for key, value in event.items()
             if key not in ("time", "attempt", "seq", "kind", "condition")
         )
-        self._say(f"[yellow]{escape(str(event['condition']))}[/]: {escape(details)}")
+        self._say(f"[yellow]{shown(str(event['condition']))}[/]: {shown(details)}")
 
     def _on_worker(self, event: dict[str, Any]) -> None:
         happened = TROUBLE.get(event["what"])
         if happened is not None:
             reason = f": {event['reason']}" if event.get("reason") else ""
             text = f"{event['worker']} {happened}{reason}"
-            self._say(f"[yellow]worker[/] {escape(text)}")
+            self._say(f"[yellow]worker[/] {shown(text)}")
 
     def _on_rollback(self, event: dict[str, Any]) -> None:
-        self._say(f"going on from step {event['to_step']} ({escape(event['checkpoint'] or 'no checkpoint')})")
+        self._say(f"going on from step {int(event['to_step'])} ({shown(event['checkpoint'] or 'no checkpoint')})")
 
     def _on_transition(self, event: dict[str, Any]) -> None:
         if event["state"] == "starting":
-            self._say(f"run {escape(event['run_dir'])}")
+            self._say(f"run {shown(event['run_dir'])}")
         if event["state"] in ("succeeded", "failed", "interrupted"):
             self._finish()
 
     def _note(self, text: str, *, plain: bool = True) -> None:
         if self._current is not None:
-            self._bars.update(self._tasks[self._current], note=escape(text))
+            self._bars.update(self._tasks[self._current], note=shown(text))
         if plain:
             self._plain(text)
 
@@ -144,7 +146,7 @@ class ProgressDisplay:
 
     def _plain(self, text: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(printable(text), highlight=False, markup=False)
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
@@ -156,7 +158,7 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             table.add_column(column, justify="left" if not column else "right")
         for label, old, new in accuracy_rows(before, after):
             counts = (str(new["prompts"]), str(new["errors"]))
-            table.add_row(escape(label), "-" if old is None else escape(interval(old)), escape(interval(new)), *counts)
+            table.add_row(shown(label), "-" if old is None else shown(interval(old)), shown(interval(new)), *counts)
         console.print(table)
         if any(new["errors"] for _, _, new in accuracy_rows(before, after)):
             console.print("errors: completions without a verdict; they are in no accuracy")
@@ -166,11 +168,13 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     times.add_column("phase")
     times.add_column("seconds", justify="right")
     for phase, seconds in result["seconds"].items():
-        times.add_row(escape(phase), f"{seconds:.1f}")
+        times.add_row(shown(phase), f"{seconds:.1f}")
     times.add_row("all", f"{sum(result['seconds'].values()):.1f}")
     console.print(times)
-    console.print(f"run       {escape(result['run_dir'])}", highlight=False, soft_wrap=True)
-    console.print(f"model     {escape(result['export'])}  (Hugging Face format)", highlight=False, soft_wrap=True)
+    console.print(f"run       {shown(result['run_dir'])}", highlight=False, soft_wrap=True)
+    console.print(f"model     {shown(result['export'])}  (Hugging Face format)", highlight=False, soft_wrap=True)
+    if "output" in result:
+        console.print(f"copy      {shown(result['output'])}", highlight=False, soft_wrap=True)
 
 
 def accuracy_rows(before: dict[str, Any] | None, after: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:

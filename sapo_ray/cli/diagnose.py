@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from sapo_ray.cli.options import JOB_ID, AsJson, console, print_json, service
 from sapo_ray.errors import SapoRayError
+from sapo_ray.terminal import printable, shown
 
 if TYPE_CHECKING:
     from sapo_ray.api.diagnosis import Diagnosis
@@ -50,7 +50,7 @@ def _of_run(folder: Path) -> Diagnosis:
         return look(evidence(folder, time.time()))
     except SapoRayError as error:
         Console(stderr=True).print("[red]error:[/]", end=" ", highlight=False)
-        print(str(error), file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         raise typer.Exit(1) from error
 
 
@@ -58,19 +58,19 @@ def _print(found: Diagnosis) -> None:
     def say(markup: str) -> None:
         console.print(markup, highlight=False, soft_wrap=True)
 
-    say(f"[bold {COLOURS[found.verdict]}]{found.verdict}[/]  {escape(found.summary)}")
+    say(f"[bold {COLOURS[found.verdict]}]{found.verdict}[/]  {shown(found.summary)}")
     say(f"since    {found.since.astimezone():%Y-%m-%d %H:%M:%S}")
     if found.cause is not None:
-        say(f"cause    {found.cause.code} in {escape(found.cause.component)}: {escape(found.cause.text)}")
+        say(f"cause    {found.cause.code} in {shown(found.cause.component)}: {shown(found.cause.text)}")
         if found.cause.lines:
-            say(f"         last lines of logs/{escape(found.cause.log or '')}:")
+            say(f"         last lines of logs/{shown(found.cause.log or '')}:")
         for line in found.cause.lines:
-            say(f"           {escape(line)}")
+            say(f"           {shown(line)}")
     if found.remedy:
-        say(f"to do    {escape(found.remedy)}")
+        say(f"to do    {shown(found.remedy)}")
     for one in found.components:
         usual = "-" if one.usual_s is None else f"{one.usual_s:.2g} s"
         mark = "[red]stalled[/]" if one.stalled else "at work"
-        say(f"{mark}  {escape(one.name)}: {escape(one.task)}; quiet for {one.quiet_s:.0f} s, usual {usual}")
+        say(f"{mark}  {shown(one.name)}: {shown(one.task)}; quiet for {one.quiet_s:.0f} s, usual {usual}")
     for note in found.notes:
-        say(f"note     {escape(note)}")
+        say(f"note     {shown(note)}")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sapo_ray.cli.options import AsJson, JobFile, JobId, Overrides, Wait, console, print_json, service
+from sapo_ray.terminal import json_line, shown
 
 if TYPE_CHECKING:
     from sapo_ray.api.jobs import Job, State
@@ -46,7 +46,7 @@ def submit(
             if as_json:
                 print_json(checked.model_dump(mode="json"))
             else:
-                console.print(f"[green]valid[/]: {escape(str(job))}", highlight=False, soft_wrap=True)
+                console.print(f"[green]valid[/]: {shown(str(job))}", highlight=False, soft_wrap=True)
             return
         made = client.jobs.submit(spec, priority=priority, labels=labels, idempotency_key=idempotency_key)
         if not wait:
@@ -87,23 +87,30 @@ def watch(
     job: JobId,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
 ) -> None:
-    """Show a job's progress from its beginning until it ends or is paused. Exit code as for `submit --wait`."""
+    """Show a job's progress from its beginning until it ends or is paused.
+
+    Exit code: 0 succeeded, 1 failed, 2 refused (no such job, wrong key), 3 cancelled, 4 paused, 5 no service.
+    """
     if as_json:
         with service() as client:
-            found = client.jobs.wait(job, WAIT_S, lambda event: print(event.model_dump_json(), flush=True))
+            found = client.jobs.wait(job, WAIT_S, lambda event: print(json_line(event.model_dump_json()), flush=True))
         raise typer.Exit(_exit_code(found.status.state))
     _follow(job, as_json=False)
 
 
 def pause(
     job: JobId,
-    wait: Annotated[bool, typer.Option("--wait", help="Until it is paused.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it is paused: exit code 0, as if it succeeds.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Let a job finish its step, make a checkpoint and give back all it holds."""
     with service() as client:
         found = client.jobs.pause(job)
-        _show(client.jobs.wait(job, WAIT_S) if wait else found, as_json)
+        if wait:
+            found = client.jobs.wait(job, WAIT_S)
+        _show(found, as_json)
+    if wait:
+        raise typer.Exit(_exit_code(found.status.state, wanted="paused"))
 
 
 def resume_job(job: str, wait: bool, as_json: bool) -> None:
@@ -119,13 +126,17 @@ def resume_job(job: str, wait: bool, as_json: bool) -> None:
 def cancel(
     job: JobId,
     discard: Annotated[bool, typer.Option("--discard", help="Also delete checkpoints and model.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended: exit code 0 if cancelled.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """End a job. What it has learned is exported, unless --discard."""
     with service() as client:
         found = client.jobs.cancel(job, discard=discard)
-        _show(client.jobs.wait(job, WAIT_S, through_pause=True) if wait else found, as_json)
+        if wait:
+            found = client.jobs.wait(job, WAIT_S, through_pause=True)
+        _show(found, as_json)
+    if wait:
+        raise typer.Exit(_exit_code(found.status.state, wanted="cancelled"))
 
 
 def checkpoint(job: JobId, as_json: AsJson = False) -> None:
@@ -198,7 +209,7 @@ def export(
 
             def progress(path: str, have: int, size: int) -> None:
                 if path not in tasks:
-                    tasks[path] = bars.add_task(escape(path), total=size)
+                    tasks[path] = bars.add_task(shown(path), total=size)
                 bars.update(tasks[path], completed=have)
 
             files = client.jobs.download_export(job, folder, progress)
@@ -233,10 +244,11 @@ def _show(job: Job, as_json: bool) -> None:
     console.print(job_table(job))
 
 
-def _exit_code(state: State) -> int:
+def _exit_code(state: State, wanted: State = "succeeded") -> int:
+    """0 where a job came to what was asked for, else how it ended."""
     from sapo_ray.cli.showing import EXIT_CODES
 
-    return EXIT_CODES[state]
+    return 0 if state == wanted else EXIT_CODES[state]
 
 
 def _labels(given: list[str]) -> dict[str, str]:
@@ -254,7 +266,7 @@ def _labels(given: list[str]) -> dict[str, str]:
 def _print_sample(row: dict[str, Any]) -> None:
     reward = "-" if row.get("reward") is None else f"{row['reward']:.3g}"
     head = f"step {row.get('step')}  group {row.get('group')}  #{row.get('i')}  {row.get('verdict')}  reward {reward}"
-    console.rule(escape(head), align="left")
+    console.rule(shown(head), align="left")
     for name in ("prompt", "completion", "gold", "reason"):
         if row.get(name):
-            console.print(f"[bold]{name}[/] {escape(str(row[name]))}", highlight=False, soft_wrap=True)
+            console.print(f"[bold]{name}[/] {shown(str(row[name]))}", highlight=False, soft_wrap=True)

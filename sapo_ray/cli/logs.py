@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sapo_ray.cli.options import AsJson, JobId, console, print_json, service
+from sapo_ray.terminal import LogText
 
 if TYPE_CHECKING:
     from sapo_ray.client import Client
@@ -27,7 +29,10 @@ def logs(
     tail: Annotated[int | None, typer.Option(min=1, metavar="KB", help="Only the last kilobytes.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List a job's log files, or print one of them."""
+    """List a job's log files, or print one of them.
+
+    On a terminal without colours, and with control characters written out; into a file or a pipe byte for byte.
+    """
     with service() as client:
         if name is None:
             _list(client, job, as_json)
@@ -50,19 +55,35 @@ def _list(client: Client, job: str, as_json: bool) -> None:
 
 def _print(client: Client, job: str, name: str, offset: int, follow: bool) -> None:
     """The file from `offset` on; with `follow` until the job has ended and everything was printed."""
+    write = _writer()
     end = time.monotonic() + FOLLOW_S
     while time.monotonic() < end:
         over = not follow or client.jobs.get(job).status.state in _still()
         while True:
             part = client.jobs.log(job, name, offset)
-            sys.stdout.buffer.write(part.data)
-            sys.stdout.buffer.flush()
+            write(part.data)
             moved, offset = bool(part.data), part.next_offset
             if not moved:
                 break
         if over:
+            write(None)
             return
         time.sleep(POLL_S)
+
+
+def _writer() -> Callable[[bytes | None], None]:
+    """Prints parts of a log; None ends it. To a terminal what is safe there, to a file or a pipe byte for byte."""
+    text = LogText() if sys.stdout.isatty() else None
+
+    def write(data: bytes | None) -> None:
+        if text is not None:
+            sys.stdout.write(text.rest() if data is None else text.feed(data))
+            sys.stdout.flush()
+        elif data is not None:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+    return write
 
 
 def _still() -> frozenset[str]:

@@ -32,8 +32,9 @@ app = typer.Typer(
     help="Train language models by reinforcement learning; never lose a sample.\n\n"
     "Start with: sapo-ray train configs/quickstart.yaml, or with a service: sapo-ray quickstart",
     epilog="Exit codes: 0 done; 1 something you can mend, the message says what; 2 wrong usage; 130 Ctrl-C; "
-    "143 SIGTERM. After 130 and 143 a run goes on by `sapo-ray resume RUN`. With --wait and for `watch`: 1 the job "
-    "failed, 3 it was cancelled, 4 it is paused.",
+    "143 SIGTERM. After 130 and 143 a run goes on by `sapo-ray resume RUN`. Commands for a service: 2 wrong usage, or "
+    "refused by the service; 5 the service cannot be reached or does not answer; with --wait and for `watch` also "
+    "1 the job failed, 3 it was cancelled, 4 it is paused.",
 )
 
 

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
-from rich.markup import escape
 
 from sapo_ray.cli.options import Overrides, console
 from sapo_ray.ending import user_errors
 from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError
+from sapo_ray.terminal import shown
 
 if TYPE_CHECKING:
     from sapo_ray.client import Client
@@ -101,7 +101,7 @@ def _cancel(client: Client, job_id: str) -> None:
         client.jobs.cancel(job_id)
         client.jobs.wait(job_id, CANCEL_S, through_pause=True)
     except SapoRayError as error:
-        console.print(f"[yellow]{escape(str(error))}[/]; the service ends all the same", highlight=False)
+        console.print(f"[yellow]{shown(str(error))}[/]; the service ends all the same", highlight=False)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sapo_ray.progress import ProgressDisplay, print_result
+from sapo_ray.terminal import shown
 
 if TYPE_CHECKING:
     from sapo_ray.api.jobs import Event, Job
@@ -55,7 +55,7 @@ class JobDisplay:
         self._state = state
 
     def _say(self, text: str) -> None:
-        self._console.print(escape(text), highlight=False, soft_wrap=True)
+        self._console.print(shown(text), highlight=False, soft_wrap=True)
 
 
 def journal_event(event: Event) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def print_end(console: Console, job: Job) -> None:
     if all(key in result for key in ("accuracy", "seconds", "run_dir", "export")):
         print_result(console, result)
     colour = COLOURS.get(job.status.state, "yellow")
-    text = f"{job.id} [{colour}]{job.status.state}[/]: {escape(job.status.reason)}"
+    text = f"{job.id} [{colour}]{job.status.state}[/]: {shown(job.status.reason)}"
     console.print(text, highlight=False, soft_wrap=True)
     ways = {
         "succeeded": f"fetch the model by: sapo-ray export {job.id} FOLDER",
@@ -93,7 +93,7 @@ def jobs_table(jobs: Iterable[Job]) -> Table:
         place = f" #{status.position}" if status.position is not None else ""
         state = f"[{COLOURS.get(status.state, 'default')}]{status.state}[/]{place}"
         numbers = (_number(figures.reward), _number(figures.accuracy), age(job.created_at))
-        table.add_row(job.id, escape(job.name), state, f"{status.step}/{status.steps}", *numbers)
+        table.add_row(job.id, shown(job.name), state, f"{status.step}/{status.steps}", *numbers)
     return table
 
 
@@ -128,7 +128,7 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(escape(name), escape(value))
+        table.add_row(shown(name), shown(value))
     return table
 
 
@@ -136,9 +136,9 @@ def rows_table(rows: list[dict[str, Any]], columns: Iterable[str]) -> Table:
     """Some columns of many rows; what a row lacks is a dash."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(shown(name), overflow="fold")
     for row in rows:
-        table.add_row(*(escape(_cell(row.get(name))) for name in columns))
+        table.add_row(*(shown(_cell(row.get(name))) for name in columns))
     return table
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from sapo_ray.cli.jobs import resume_job
 from sapo_ray.cli.options import JOB_ID, AsJson, JobFile, Overrides, Wait, console
 from sapo_ray.ending import Heard, user_errors
+from sapo_ray.terminal import shown
 
 if TYPE_CHECKING:
     from sapo_ray.config.estimate import Estimate
@@ -46,8 +46,8 @@ def resume(
 ) -> None:
     """Go on with a run from its newest checkpoint, or with a paused job of a service.
 
-    A run without a checkpoint starts over. --set, for runs only, may change steps, rollout.workers, and all of
-    checkpoint, evaluation, logging and deadlines. --wait is for jobs: show the progress until the job ends.
+    A run without a checkpoint starts over. --set, for runs only, may change steps, rollout.workers, secrets, and all of
+    checkpoint, evaluation, logging, deadlines and output. --wait is for jobs: show the progress until the job ends.
     """
     if JOB_ID.fullmatch(run):
         if set_:
@@ -101,14 +101,14 @@ def validate(
             return
         _print_estimate(spec)
         for warning in advice(spec):
-            console.print(f"[yellow]note:[/] {escape(warning)}", highlight=False)
+            console.print(f"[yellow]note:[/] {shown(warning)}", highlight=False)
         if found:
             counts = "{prompts} prompts, {skipped} skipped as too long, {skipped_golds} for their reference answers"
             print(f"  inputs: {counts.format(**found)}; {found['evaluation']} for evaluation")
             print("  the model and every reference answer in use were found good")
         else:
             print("  model and data were not opened; add --inputs")
-        console.print(f"[green]valid[/]: {escape(str(job))}", highlight=False, soft_wrap=True)
+        console.print(f"[green]valid[/]: {shown(str(job))}", highlight=False, soft_wrap=True)
 
 
 def _open_inputs(spec: JobSpec) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sapo_ray.config.sections import (
     AlgorithmSpec,
@@ -37,6 +37,7 @@ __all__ = [
     "LearnerSpec",
     "LoggingSpec",
     "ModelSpec",
+    "OutputSpec",
     "RolloutSpec",
     "Section",
     "SourceSpec",
@@ -88,6 +89,41 @@ class LoggingSpec(Section):
     """MLflow tracking URI; needs `pip install mlflow`."""
 
 
+class OutputSpec(Section):
+    """Where the trained model goes, beside `export/` of the run."""
+
+    uri: str | None = None
+    """Folder for a copy: an absolute path, or a URL as `s3://bucket/models/mine` (the driver's machine needs fsspec's
+    package for it, e.g. s3fs; credentials are `secrets`). Files of the same names there are overwritten."""
+
+    @field_validator("uri")
+    @classmethod
+    def _a_folder_somewhere(cls, uri: str | None) -> str | None:
+        if uri is not None and (problem := _what_is_wrong_with(uri)):
+            raise ValueError(f"output.uri {problem}")
+        return uri
+
+
+_PASSWORD = re.compile(r"[^:]+://[^@]*:[^@]*@")
+
+
+def _what_is_wrong_with(uri: str) -> str | None:
+    """Of a place for a copy, which an operator's list of what is allowed is to be compared with. Shows no password."""
+    scheme = re.match(r"([a-z][a-z0-9+.-]*)://", uri)
+    if "://" in uri and (_PASSWORD.match(uri) or "?" in uri or "#" in uri):
+        return "must hold no user, password or query: name the credentials in `secrets`, as environment variables"
+    if len(uri) > 1000 or not uri.isprintable():
+        return "must be at most 1000 printable characters"
+    if "::" in uri or ".." in uri.split("/"):
+        return f"must lead to one folder, without `::` and `..`, got {uri!r}"
+    local = scheme is not None and scheme.group(1) in ("file", "local")
+    if uri.startswith("/") or (scheme and not local and len(uri) > scheme.end()):
+        return None
+    if local and re.fullmatch(r"[a-z]+:///[^/].*", uri):
+        return None
+    return f"must be an absolute path or a URL as s3://bucket/models/mine, got {uri!r}"
+
+
 class DeadlinesSpec(Section):
     """Bounds of the driver's waits, in seconds. Each names what it waits for when it runs out."""
 
@@ -103,6 +139,8 @@ class DeadlinesSpec(Section):
     """Next batch of graded groups complete."""
     evaluation_s: Positive = 3600.0
     """One evaluation: every completion sampled and graded."""
+    output_s: Positive = 3600.0
+    """The trained model copied to output.uri; a run that has ended well is none the worse if not."""
 
 
 class JobSpec(Section):
@@ -130,6 +168,7 @@ class JobSpec(Section):
     checkpoint: CheckpointSpec = CheckpointSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     logging: LoggingSpec = LoggingSpec()
+    output: OutputSpec = OutputSpec()
     deadlines: DeadlinesSpec = DeadlinesSpec()
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from sapo_ray.control.problems import Refused, several
 from sapo_ray.control.settings import Settings
 
 DATASET = "dataset:"
+FETCHED = "GET /v1/jobs/{job_id}/export lists its files"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SPLIT = re.compile(r"[\w][\w.+:%\[\]-]*")
 
@@ -82,6 +83,20 @@ def allowed(value: str, patterns: Sequence[str]) -> bool:
     if not builtin and not _HUB_ID.fullmatch(value):
         return False
     return any(fnmatchcase(value, pattern) for pattern in patterns if not os.path.isabs(pattern))
+
+
+def allowed_output(uri: str, patterns: Sequence[str]) -> bool:
+    """Whether a model may be copied there. Local folders are compared as such, however they are written."""
+    path = _local(uri)
+    if path is not None:
+        return _allowed_file(path, [_local(pattern) or pattern for pattern in patterns])
+    return any(fnmatchcase(uri, pattern) for pattern in patterns if "://" in pattern)
+
+
+def _local(uri: str) -> str | None:
+    """The path of a local folder, None for any other place."""
+    path = uri.removeprefix("file://").removeprefix("local://")
+    return path if path.startswith("/") else None
 
 
 def _allowed_file(value: str, patterns: Sequence[str]) -> bool:
@@ -159,6 +174,10 @@ def _places(spec: JobSpec, settings: Settings) -> Iterator[FieldProblem]:
     uri = spec.logging.mlflow_uri
     if uri is not None and not any(fnmatchcase(uri, pattern) for pattern in settings.allow_mlflow):
         yield _problem("logging.mlflow_uri", uri, settings.allow_mlflow)
+    place = spec.output.uri
+    if place is not None and not allowed_output(place, settings.allow_outputs):
+        more = f"without it the model stays with the job: {FETCHED}"
+        yield _problem("output.uri", place, settings.allow_outputs, more)
 
 
 def _secrets(spec: JobSpec, settings: Settings, tenant: str) -> Iterator[FieldProblem]:

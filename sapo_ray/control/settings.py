@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     """Whether model.trust_remote_code may be true."""
     allow_mlflow: Globs = []
     """Which logging.mlflow_uri jobs may name."""
+    allow_outputs: Globs = []
+    """Which output.uri jobs may name: URLs and absolute folders, as `s3://models/*,/outputs/*`; none unless listed."""
     shared_cluster: bool = True
     """Jobs of all tenants share one cluster and so trust each other: own code is refused once there are two tenants."""
 
@@ -114,7 +116,7 @@ class Settings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     """Address of the metrics port."""
 
-    @field_validator("allow_models", "allow_data", "allow_rewards", "allow_mlflow", mode="before")
+    @field_validator("allow_models", "allow_data", "allow_rewards", "allow_mlflow", "allow_outputs", mode="before")
     @classmethod
     def _commas_or_json(cls, value: Any) -> Any:
         if not isinstance(value, str):

@@ -39,7 +39,7 @@ class Activity:
     name: str
     """rollout-0, verifier-1, learner, storage, ..."""
     kind: str
-    """Of the work: start, sample, grade, train, publish, takeover, checkpoint, export, write, deliver."""
+    """Of the work: start, sample, grade, train, publish, takeover, checkpoint, export, output, write, deliver."""
     task: str
     """In words."""
     since: float

@@ -83,6 +83,8 @@ class Outcome:
     published: Published
     export: Path | None = None
     """Where the published weights were written for others."""
+    output: str | None = None
+    """Where they were copied to, if the job wants it."""
 
 
 class Driver:

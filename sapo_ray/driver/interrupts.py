@@ -70,6 +70,10 @@ class Interrupts:
         """From here on nothing is broken off any more: every wait that is left has a bound."""
         self._ending = True
 
+    def go_on(self) -> None:
+        """What follows may be broken off again, until `ending`."""
+        self._ending = False
+
     def _listen(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._hear)

@@ -204,4 +204,5 @@ def deadlines_of(spec: JobSpec) -> dict[str, float]:
         "checkpoint": spec.deadlines.checkpoint_s,
         "restore": spec.deadlines.checkpoint_s,
         "export": spec.deadlines.checkpoint_s,
+        "output": spec.deadlines.output_s,
     }

@@ -59,7 +59,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "seconds": {phase: round(seconds, 2) for phase, seconds in outcome.seconds.items()},
         "version": str(outcome.published.manifest.version),
         "fingerprint": outcome.published.manifest.fingerprint,
-    } | ({} if outcome.export is None else {"export": str(outcome.export)})
+    } | {key: str(place) for key, place in (("export", outcome.export), ("output", outcome.output)) if place}
 
 
 def finished_steps(run_dir: Path) -> int | None:

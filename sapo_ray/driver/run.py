@@ -35,6 +35,7 @@ from sapo_ray.driver.lifecycle import close_all, start_together
 from sapo_ray.driver.link import Link
 from sapo_ray.driver.masking import hidden_of, masked
 from sapo_ray.driver.orders import Ended, StandingOrders
+from sapo_ray.driver.output import check_output, copied
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.pulse import Pulse, pulse_of
@@ -178,6 +179,7 @@ def _train_and_export(
     pulse: Pulse,
 ) -> Outcome:
     """From the checks that need no engine to the exported model."""
+    check_output(spec)
     architecture = find_architecture(spec.model)
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
@@ -203,7 +205,7 @@ def _train_and_export(
         run = _run(
             spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders, interrupts, pulse
         )
-        return asyncio.run(_unless_failed(run, orders))
+        return asyncio.run(_unless_failed(copied(run, spec, journal, interrupts, pulse), orders))
 
 
 async def _unless_failed(run: Coroutine[Any, Any, Outcome], orders: StandingOrders) -> Outcome:

@@ -225,8 +225,34 @@ def test_a_secret_that_the_tenant_does_not_have_is_refused_and_those_it_has_are_
     assert "capitals, digits and underscores" in problem(wrong, 422, "invalid_job")["detail"]
 
 
+def test_a_copy_goes_only_where_the_operator_allows(connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "link").symlink_to("/etc")
+    assert "allowed: none" in refused(connect(), output={"uri": "s3://bucket/x"})["detail"]
+    client = connect(allow_outputs=[f"{tmp_path}/out/*", "s3://models/*", "file:///exports/*"])
+    for good in (
+        f"{tmp_path}/out/a",
+        f"file://{tmp_path}/out/a",
+        "s3://models/a/b",
+        "/exports/a",
+        "local:///exports/a",
+    ):
+        assert client.post("/v1/jobs", json={"spec": {"preset": "quickstart", "output": {"uri": good}}}).is_success, (
+            good
+        )
+    for bad in (
+        f"{tmp_path}/out", f"{tmp_path}/out/link/x", f"local://{tmp_path}/out/link/x", "s3://other/x", "s3://models",
+        "s3a://models/x", "/etc/x", "file:///etc/x",
+    ):  # fmt: skip
+        assert refused(client, output={"uri": bad})["param"] == "output.uri", bad
+    anywhere = connect(allow_outputs=["*"])
+    for bad in ("s3://models/x", "/exports/a", "file:///exports/a"):
+        assert refused(anywhere, output={"uri": bad})["param"] == "output.uri", bad
+
+
 def test_what_is_allowed_is_told(connect: Connect) -> None:
     client = connect(allow_models="builtin:*,Qwen/*", allow_rewards='["r:*"]')
     found = client.get("/v1/models").json()
     assert [one["path"] for one in found["data"]] == ["builtin:*", "Qwen/*"]
     assert (found["data_paths"], found["rewards"]) == (["builtin:*", "dataset:*"], ["r:*"])
+    assert (found["outputs"], found["secrets"]) == ([], [])

@@ -36,7 +36,7 @@ def arguments(run_dir: Path, *settings: str) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run(arguments(folder / "run"), folder / "log")
+    run(arguments(folder / "run", f"output.uri=file://{folder}/models/one"), folder / "log")
     return folder / "run"
 
 
@@ -57,6 +57,17 @@ def test_a_run_directory_holds_what_is_promised(uninterrupted: Path) -> None:
     assert len(texts) == 5 * 4 * 4
     assert all(row["prompt"].endswith("=") for row in texts)
     assert audit(uninterrupted).findings == []
+
+
+def test_the_trained_model_is_copied_to_where_the_job_wants_it(uninterrupted: Path) -> None:
+    result = json.loads((uninterrupted / "result.json").read_text())
+    assert result["output"] == f"file://{uninterrupted.parent}/models/one"
+    export, copy = uninterrupted / "export", uninterrupted.parent / "models" / "one"
+    files = {path.name: path.read_bytes() for path in export.iterdir()}
+    assert {"config.json", "model.safetensors"} <= files.keys()
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == files
+    [event] = [row for row in rows(uninterrupted / "journal.jsonl") if row["kind"] == "output"]
+    assert event["files"] == len(files)
 
 
 def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_uninterrupted_one(

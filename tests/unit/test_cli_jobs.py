@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -103,7 +104,7 @@ def test_every_problem_that_the_service_found_is_shown(service: Service) -> None
     errors = [{"param": "steps", "detail": "steps must be >= 1, got 0"}, {"param": "stepz", "detail": "no such key"}]
     service.on("POST /v1/jobs", problem(422, "invalid_job", "the job has 2 problems", errors=errors))
     result = invoke(service, "submit", QUICKSTART)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "error: the job has 2 problems\n  - steps: steps must be >= 1, got 0\n" in result.stderr
 
 
@@ -123,6 +124,89 @@ def test_the_exit_code_of_wait_tells_how_the_job_ended(state: str, code: int, sa
     assert result.exit_code == code, result.stderr
     assert result.stdout.splitlines()[0] == JOB_ID
     assert said in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "state", "code"),
+    [
+        ("pause", "paused", 0),
+        ("pause", "succeeded", 0),
+        ("pause", "failed", 1),
+        ("pause", "cancelled", 3),
+        ("cancel", "cancelled", 0),
+        ("cancel", "succeeded", 0),
+        ("cancel", "failed", 1),
+    ],
+)
+def test_waiting_for_what_was_asked_for_is_0_if_it_came(asked: str, state: str, code: int, service: Service) -> None:
+    service.on(f"POST {ONE}:{asked}", reply(job(), 202))
+    tells(service, end(state), state=state)
+    result = invoke(service, asked, JOB_ID, "--wait")
+    assert result.exit_code == code, result.stderr
+
+
+@pytest.mark.parametrize("command", [("watch", JOB_ID), ("submit", QUICKSTART, "--wait"), ("get", JOB_ID)])
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (problem(401, "unauthenticated", "no such key"), 2),
+        (problem(404, "not_found", "no such job"), 2),
+        (problem(500, "internal", "a bug"), 5),
+        (Answer(200, {"content-type": "text/html"}, [b"<html>log in</html>"]), 5),
+    ],
+)
+def test_a_command_that_was_refused_is_told_from_one_without_a_service_and_from_a_job_that_failed(
+    command: tuple[str, ...], answer: Answer, code: int, service: Service
+) -> None:
+    service.on("POST /v1/jobs", answer)
+    service.on(f"GET {ONE}", answer)
+    result = invoke(service, *command)
+    assert result.exit_code == code, result.stderr
+    assert result.stderr.startswith("error: ")
+
+
+def texts(value: Any) -> list[str]:
+    """All texts in what JSON held."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for one in inner for text in texts(one)]
+
+
+def test_what_others_wrote_steers_no_terminal(service: Service) -> None:
+    evil = "\x9b2J\x1b]0;owned\x07"
+    shown = job("failed", reason=evil) | {"name": evil, "labels": {"team": evil}}
+    shown["status"]["conditions"] = [{"type": evil, "reason": evil, "since": "2026-01-01T00:00:00Z", "step": 1}]
+    service.on("GET /v1/jobs", listed(shown))
+    service.on(f"GET {ONE}", reply(shown))
+    service.on(f"GET {ONE}/events", listed(event(1, "transition", state="failed", reason=evil)))
+    service.on(f"GET {ONE}/samples", listed({"step": 1, "verdict": evil, "prompt": evil, "completion": evil}))
+    service.on(f"GET {ONE}/logs", listed({"name": evil, "bytes": 1}))
+    service.on(f"POST {ONE}:pause", problem(409, "illegal_transition", evil))
+    for command in (("jobs",), ("get",), ("watch",), ("samples",), ("logs",), ("pause",)):
+        result = invoke(service, *command, *(() if command == ("jobs",) else (JOB_ID,)))
+        printed = result.stdout + result.stderr
+        assert r"\x9b2J\x1b" in "".join(printed.split()), (command, printed)
+        assert not set(printed) & {"\x1b", "\x9b", "\x07"}, command
+    for command in (("get", JOB_ID), ("watch", JOB_ID), ("samples", JOB_ID), ("logs", JOB_ID)):
+        printed = invoke(service, *command, "--json").stdout
+        assert not set(printed) & {"\x1b", "\x9b", "\x07"}, command
+        assert evil in texts(json.loads(printed)), command
+
+
+def test_a_log_on_a_terminal_is_without_control_characters(service: Service) -> None:
+    text = b"\x1b[36m(pid=1)\x1b[0m one\r\ntwo \x1b]0;owned\x07\n"
+    parts = [Answer(200, {"x-next-offset": str(end)}, [text[start:end]]) for start, end in ((0, 4), (4, len(text)))]
+    service.on(f"GET {ONE}/logs/driver-1", *parts, Answer(200, {"x-next-offset": str(len(text))}))
+    assert invoke(service, "logs", JOB_ID, "driver-1").stdout_bytes == text
+    service.on(f"GET {ONE}/logs/driver-1", *parts, Answer(200, {"x-next-offset": str(len(text))}))
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "sapo_ray.cli", "logs", JOB_ID, "driver-1"]
+    environment = {**os.environ, "SAPO_URL": service.url, "SAPO_API_KEY": "k"}
+    subprocess.run(command, env=environment, stdout=terminal, check=True, timeout=60)
+    assert os.read(controller, 4096) == b"(pid=1) one\r\ntwo \\x1b]0;owned\\x07\r\n"
+    os.close(controller)
+    os.close(terminal)
 
 
 def test_watching_shows_what_train_shows(service: Service) -> None:
@@ -194,7 +278,7 @@ def test_resuming_takes_a_run_directory_or_a_job_id(service: Service, tmp_path: 
 def test_what_the_state_does_not_permit_is_one_line(service: Service) -> None:
     service.on(f"POST {ONE}:pause", problem(409, "illegal_transition", "a job that is failed does not permit :pause"))
     result = invoke(service, "pause", JOB_ID)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == (
         f"error: a job that is failed does not permit :pause (POST {ONE}:pause: 409 illegal_transition)\n"
     )
@@ -259,7 +343,7 @@ def test_data_and_keys_go_to_the_service(service: Service, tmp_path: Path) -> No
 def test_a_file_of_unknown_kind_is_not_sent(service: Service, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n")
     result = invoke(service, "datasets", "upload", str(tmp_path / "rows.csv"))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert ".jsonl or .parquet" in result.stderr
     assert service.requests == []
 
@@ -270,11 +354,11 @@ def test_a_missing_key_and_a_missing_service_are_one_clear_line_each(monkeypatch
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         alone = CliRunner(env={"SAPO_URL": url}).invoke(app, ["jobs"])
-        assert (alone.exit_code, alone.stderr.count("\n")) == (1, 1)
+        assert (alone.exit_code, alone.stderr.count("\n")) == (2, 1)
         assert "no API key" in alone.stderr
         assert "SAPO_API_KEY" in alone.stderr
         result = CliRunner(env={"SAPO_URL": url, "SAPO_API_KEY": "k"}).invoke(app, ["jobs"])
-        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert (result.exit_code, result.stderr.count("\n")) == (5, 1)
         assert f"no service at {url}" in result.stderr
 
 

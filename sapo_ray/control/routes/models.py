@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from sapo_ray.api.jobs import Wire
-from sapo_ray.control import views
+from sapo_ray.control import tenant_secrets, views
 from sapo_ray.control.access import Reader
 from sapo_ray.control.documents import keyed
 from sapo_ray.control.service import The, respond
@@ -29,6 +29,10 @@ class AllowedList(views.Page):
     """What `data.train` and `evaluation.data` may name; `dataset:*` are uploads of the tenant."""
     rewards: list[str]
     """What `verifier.reward` may name; empty: no rewards of one's own."""
+    outputs: list[str]
+    """What `output.uri` may name; empty: models stay with their jobs."""
+    secrets: list[str]
+    """What `secrets` may name: those that the operator keeps for the tenant."""
     trust_remote_code: bool
     """Whether `model.trust_remote_code` may be true."""
 
@@ -36,7 +40,7 @@ class AllowedList(views.Page):
 @router.get(
     "",
     operation_id="list_models",
-    summary="Models, data and rewards that jobs may name",
+    summary="What jobs may name: models, data, rewards, outputs, secrets",
     response_model=AllowedList,
     responses=keyed(),
 )
@@ -48,6 +52,8 @@ def list_models(caller: Reader, control: The) -> Response:
             data=[Allowed(path=pattern) for pattern in settings.allow_models],
             data_paths=settings.allow_data,
             rewards=settings.allow_rewards,
+            outputs=settings.allow_outputs,
+            secrets=tenant_secrets.names(settings.secrets_dir, caller.tenant),
             trust_remote_code=settings.allow_trust_remote_code,
         )
     )

@@ -218,6 +218,41 @@ def test_secrets_are_a_list_of_names(secrets: Any, message: str):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "uri", ["/models/mine", "s3://bucket/models/a b", "gs://b/x", "file:///models/x", "sftp://me@host/x", "/a?b"]
+)
+def test_a_copy_of_the_model_may_go_to_a_folder_or_a_url(uri: str):
+    assert resolve({"preset": "quickstart", "output": {"uri": uri}}).output.uri == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://key:s3cr3t@bucket/x", "must hold no user, password or query"),
+        ("s3://key:s3c/r3t@bucket/x", "must hold no user, password or query"),
+        ("az://c/x?sig=s3cr3t", "must hold no user, password or query"),
+        ("models/mine", "must be an absolute path or a URL"),
+        ("~/models", "must be an absolute path or a URL"),
+        ("", "must be an absolute path or a URL"),
+        ("s3://", "must be an absolute path or a URL"),
+        ("file://host/x", "must be an absolute path or a URL"),
+        ("file:////etc", "must be an absolute path or a URL"),
+        ("S3://bucket", "must be an absolute path or a URL"),
+        ("simplecache::s3://bucket/x", "without `::` and `..`"),
+        ("s3://bucket/x/../y", "without `::` and `..`"),
+        ("/models/../etc", "without `::` and `..`"),
+        ("/models/\x1b[31m", "at most 1000 printable characters"),
+        ("/" + "x" * 1000, "at most 1000 printable characters"),
+        (7, "output.uri must be text, got 7"),
+    ],
+)
+def test_a_place_for_the_copy_that_is_none_is_refused_and_no_password_is_shown(uri: Any, message: str):
+    with pytest.raises(ConfigError) as caught:
+        resolve({"preset": "quickstart", "output": {"uri": uri}})
+    assert message in str(caught.value)
+    assert "s3c" not in str(caught.value)
+
+
 def test_a_name_that_no_folder_should_bear_is_refused():
     assert "name" in problems(MINIMAL | {"name": "a/b"})
     assert "Letters, digits, dot, dash, underscore" in problems(MINIMAL | {"name": "a/b"})
