@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from sapo_ray.cli.options import AsJson, console
 from sapo_ray.ending import user_errors
+from sapo_ray.terminal import shown
 
 if TYPE_CHECKING:
     from sapo_ray.audit import Report
@@ -54,13 +54,13 @@ def _print(report: Report, run: Path) -> None:
     names = ("samples", "samples dropped", "samples lost", "samples doubled", "worker losses", "rollbacks", "attempts")
     print(", ".join(f"{totals[name]} {name}" for name in names))
     for note in report.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]note:[/] {shown(note)}", highlight=False)
     for finding in report.findings[:SHOWN]:
         where = ", ".join(map(str, finding.lines))
         place = f" (line{'s' if len(finding.lines) > 1 else ''} {where})" if where else ""
-        console.print(f"[red]{finding.invariant}:[/] {escape(finding.what)}{place}", highlight=False, soft_wrap=True)
+        console.print(f"[red]{finding.invariant}:[/] {shown(finding.what)}{place}", highlight=False, soft_wrap=True)
     count = report.violations.total()
     if count > SHOWN:
         print(f"... and {count - SHOWN} more; --json lists them")
     verdict = "[green]every promise was kept[/]" if report.passed else f"[red]{count} violations[/]"
-    console.print(f"{verdict}: {escape(str(run))}", highlight=False, soft_wrap=True)
+    console.print(f"{verdict}: {shown(str(run))}", highlight=False, soft_wrap=True)

@@ -136,7 +136,7 @@ def rows_table(rows: list[dict[str, Any]], columns: Iterable[str]) -> Table:
     """Some columns of many rows; what a row lacks is a dash."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(shown(name), overflow="fold")
+        table.add_column(shown(name), overflow="fold", no_wrap=name == "id")  # ids are for copying
     for row in rows:
         table.add_row(*(shown(_cell(row.get(name))) for name in columns))
     return table

@@ -240,6 +240,13 @@ def test_jobs_stand_in_80_columns_with_their_ids_whole(service: Service) -> None
     assert len(json.loads(invoke(service, "jobs", "--json").stdout)) == 2
 
 
+def test_ids_of_keys_stand_whole_in_80_columns(service: Service) -> None:
+    key = {"id": "key-3n2x7xvi3obg2h7elshw", "name": "a key of some length", "tenant": "research", "scopes": ["read"]}
+    made = {"prefix": "sapo_d7fd0K_", "created_at": "2026-01-01T00:00:00Z", "expires_at": None, "revoked_at": None}
+    service.on("GET /v1/api-keys", listed(key | made))
+    assert "key-3n2x7xvi3obg2h7elshw " in invoke(service, "keys", "list").stdout
+
+
 def test_one_job_is_shown_with_its_conditions(service: Service) -> None:
     condition = {"type": "StaleDrops", "reason": "2% of [groups]", "since": "2026-01-01T00:00:00Z", "step": 4}
     service.on(f"GET {ONE}", reply(job(conditions=[condition], summary={"workers": 2})))
