@@ -1,6 +1,7 @@
 # make setup        a virtual environment in .venv with everything pinned (GPU=1: the CUDA set)
 # make quickstart   start the service, train the smallest job through it on two CPU cores, stop it
 # make test         set up and run all tests; make test-fast: only those without real engines
+# make chaos        kill parts of real runs at random: SEEDS="1 2", MINUTES=10 each, FAULTS="rollout=5 driver=1"
 # make check        format, lint, types and layers, as every commit should pass; make format: apply the format
 # make docs         write docs/jobs.md and docs/api.md again from what they describe
 # make clean        remove .venv and caches
@@ -20,11 +21,14 @@ TORCH := $(shell grep '^torch==' requirements/$(SET).lock)
 
 PATHS := sapo_ray tests scripts $(wildcard benchmarks examples)
 
-.PHONY: help setup quickstart test test-fast check format docs clean
+SEEDS ?= 1
+MINUTES ?= 10
+
+.PHONY: help setup quickstart test test-fast chaos check format docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 setup: $(VENV)/.project
 
@@ -57,6 +61,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest tests/unit -m "not integration and not slow and not gpu"
+
+chaos: setup
+	PYTHONPATH=tests/integration $(BIN)/python tests/chaos/long.py --seeds $(SEEDS) --minutes $(MINUTES) $(if $(FAULTS),--faults $(FAULTS))
 
 check: setup
 	$(BIN)/ruff format --check $(PATHS)

@@ -180,9 +180,7 @@ class Ledger:
         if group is None:
             self._report.totals["doubled"] += 1
             how = self._settled.how(name)
-            why = (
-                f"after it had been {how}" if how else "while it was not outstanding: never issued, or long settled"
-            )
+            why = f"after it had been {how}" if how else "while it was not outstanding: never issued, or long settled"
             self._violated("I1 prompts", f"{name} was consumed {why}", self._settled.line(name), line)
             return
         if group.dropped is not None:

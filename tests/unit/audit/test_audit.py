@@ -13,7 +13,7 @@ import pytest
 from audited import Row, Spoiled, nth, read, record_run, write
 from typer.testing import CliRunner
 
-from sapo_ray.audit import audit, books
+from sapo_ray.audit import audit, books, checkpoints
 from sapo_ray.cli import app
 from sapo_ray.errors import CheckpointError
 
@@ -323,6 +323,17 @@ def test_a_missing_file_a_flipped_bit_and_a_missing_manifest_are_found(spoiled: 
     assert spoiled.found("I4 checkpoints", "step-000006: learner/weights.json is missing")
     (spoiled.checkpoints / "step-000004" / "manifest.json").unlink()
     assert spoiled.found("I4 checkpoints", "step-000004: manifest.json cannot be read")
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_read_is_none(
+    spoiled: Spoiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is at work: a newer one was made, and the oldest goes."""
+    old = spoiled.checkpoints / "step-000002"
+    shutil.copytree(spoiled.checkpoints / "step-000004", old)
+    (old / "groups.json").unlink()
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: shutil.rmtree(old))
+    assert spoiled.audit().findings == []
 
 
 def test_a_pointer_to_nothing_or_to_an_older_checkpoint_and_a_lonely_checkpoint_are_found(spoiled: Spoiled) -> None:
