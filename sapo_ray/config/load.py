@@ -22,7 +22,17 @@ from sapo_ray.config.problems import MOST_PROBLEMS, describe
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
 
-RESUMABLE = ("steps", "rollout.workers", "checkpoint", "evaluation", "logging", "deadlines", "secrets", "output")
+RESUMABLE = (
+    "steps",
+    "rollout.workers",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "deadlines",
+    "guard",
+    "secrets",
+    "output",
+)
 """Keys and sections that a resumed run may change; all else would make it another run."""
 
 

@@ -15,6 +15,7 @@ from sapo_ray.config.sections import (
     AlgorithmSpec,
     Count,
     DataSpec,
+    Fraction,
     Gate,
     LearnerSpec,
     ModelSpec,
@@ -33,6 +34,7 @@ __all__ = [
     "DeadlinesSpec",
     "EvaluationSpec",
     "Gate",
+    "GuardSpec",
     "JobSpec",
     "LearnerSpec",
     "LoggingSpec",
@@ -143,6 +145,20 @@ class DeadlinesSpec(Section):
     """The trained model copied to output.uri; a run that has ended well is none the worse if not."""
 
 
+class GuardSpec(Section):
+    """When generation runs less far ahead of training, and when something looks wrong."""
+
+    max_kl: Positive | None = 0.1
+    """KL of the sampler to the learner (`mismatch/kl`, nats per token) beyond which generation runs fewer batches ahead
+    than rollout.max_staleness allows; null: never."""
+    max_age: Positive | None = None
+    """Mean age of trained samples (`age/sample_mean`, publishes) beyond which it does so too; null: never."""
+    max_ratio: Annotated[float, Field(gt=1)] | None = 1e4
+    """Ratio of new to old policy of any token, or its inverse, beyond which there is an alarm; null: never."""
+    reward_drop: Fraction | None = 0.5
+    """Share of its best by which the mean reward of 5 steps may fall before there is an alarm; null: never."""
+
+
 class JobSpec(Section):
     """A training job."""
 
@@ -170,6 +186,7 @@ class JobSpec(Section):
     logging: LoggingSpec = LoggingSpec()
     output: OutputSpec = OutputSpec()
     deadlines: DeadlinesSpec = DeadlinesSpec()
+    guard: GuardSpec = GuardSpec()
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> JobSpec:

@@ -41,6 +41,7 @@ from sapo_ray.driver.batch import Batch, batch_metrics, sample_rows, stale_by_le
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector
 from sapo_ray.driver.evaluation import Evaluation, evaluate, evaluation_settings
+from sapo_ray.driver.guard import Guard
 from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import Ended, Ending, StandingOrders
@@ -121,6 +122,7 @@ class Driver:
         self._intake = Intake(
             spec=spec, objective=objective, prompts=prompts, collector=self._collector, journal=journal
         )
+        self._guard = Guard(spec.guard, spec.rollout.max_staleness)
         self._step = self._updates = 0
         self._published: Published | None = None
         self._before: Evaluation | None = None
@@ -313,6 +315,10 @@ class Driver:
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
         if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
             self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
+        metrics["rollout/ahead"] = float(self._guard.ahead)
+        for condition in self._guard.look(self._step, metrics):
+            self._journal.event("condition", **condition)
+        self._intake.allow(self._guard.ahead)
         if note := self._orders.scale_deferred(self._spec.rollout.workers):
             self._journal.event("condition", condition="ScaleDeferred", **note)
         stale = self._intake.drops[DropReason.STALE] / self._spec.rollout.prompts_per_step

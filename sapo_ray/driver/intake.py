@@ -47,6 +47,10 @@ class Intake:
         self.examined: list[GradedGroup] = []
         """Groups that the batch was chosen from."""
 
+    def allow(self, ahead: int) -> None:
+        """Generate so many batches ahead of training from now on; what is outstanding beyond that is used up first."""
+        self.window.capacity = (ahead + 1) * self._spec.rollout.prompts_per_step
+
     def fill(self, version: PolicyVersion) -> None:
         """Issue prompts while slots are free and steps are left that need them."""
         needed = (self._spec.steps - version.number) * self._spec.rollout.prompts_per_step

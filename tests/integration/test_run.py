@@ -112,11 +112,17 @@ def test_a_resume_that_changes_the_recipe_is_refused_by_key(uninterrupted: Path,
 
 
 def test_overlapped_training_on_real_engines_stays_within_its_bound(tmp_path: Path) -> None:
-    run(arguments(tmp_path / "run", "rollout.max_staleness=1"), tmp_path / "log")
+    run(arguments(tmp_path / "run", "rollout.max_staleness=1", "guard.max_kl=1e-12"), tmp_path / "log")
     metrics = rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5]
     assert max(row["age/sample_max"] for row in metrics) == 1
     assert sum(row["drops/stale"] for row in metrics) == 0
+    assert [row["rollout/ahead"] for row in metrics][0::4] == [1, 0], (
+        "whatever its age, a sample's mismatch is too much"
+    )
+    assert metrics[-1]["age/sample_max"] == 0
+    [throttled] = [row for row in rows(tmp_path / "run" / "journal.jsonl") if row.get("condition") == "Throttled"]
+    assert throttled["reason"].endswith("> guard.max_kl 1e-12: generation is synchronous (rollout.max_staleness 1)")
 
 
 def smoke(tmp_path: Path, train: Path, test: Path) -> None:
