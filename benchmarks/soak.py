@@ -118,9 +118,9 @@ def main() -> None:
     from chaos_run import ChaosRun
 
     folder = Path(tempfile.mkdtemp(prefix="sapo-soak-"))
-    settings = ("steps=1000000", f"rollout.workers={WORKERS}", "rollout.group_deadline_s=60", "checkpoint.every=5")
+    settings = ("steps=1000000", f"rollout.workers={WORKERS}", "rollout.group_deadline_s=60")
     run = ChaosRun(folder, settings, faults={"CHAOS_REPLACEMENTS": "1000000"})
-    campaign = Campaign(run, options.seed)
+    campaign = Campaign(run, options.seed, WORKERS)
     try:
         totals = campaign.go(60 * options.minutes, options.kills).totals
     finally:

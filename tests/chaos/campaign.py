@@ -17,7 +17,7 @@ from chaos_run import ChaosRun
 
 from sapo_ray.audit import Report
 
-WEIGHTS = {"grader": 60.0, "rollout": 20.0, "verifier": 12.0, "stop": 1.0, "slow": 1.0, "driver": 2.0}
+WEIGHTS = {"grader": 60.0, "rollout": 20.0, "verifier": 12.0, "stop": 1.0, "slow": 1.0, "driver": 1.0}
 """How often each fault is drawn. `stop` is SIGSTOP of a rollout worker, `slow` some seconds of it, again and again."""
 ENDS_THE_ATTEMPT = ("driver", "raylet", "gcs")
 PROGRESS_S = 600.0
@@ -31,6 +31,8 @@ class Campaign:
 
     run: ChaosRun
     seed: int
+    workers: int
+    """Rollout workers of the job."""
     weights: dict[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     pause_s: float = 1.5
     """Longest pause before a fault; each is drawn from 0 to this."""
@@ -72,6 +74,10 @@ class Campaign:
 
     def _strike(self, fault: str, chance: random.Random) -> None:
         run = self.run
+        if fault in ("rollout", "stop", "slow") and len(run.workers_ready()) < self.workers:
+            fault = "grader"
+        if fault == "verifier" and not run.living("grader"):
+            return
         if fault in ENDS_THE_ATTEMPT:
             if self._hit(fault, run.kill(fault, chance.choice)):
                 run.process.wait(300)

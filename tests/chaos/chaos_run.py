@@ -6,6 +6,7 @@ of a verifier), `driver`, `raylet`, `gcs`. Only processes of this run are ever t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import Command, rows
+from harness import Command
 
 from sapo_ray.audit import Report, audit
 
@@ -141,12 +142,27 @@ class ChaosRun:
     # --- progress ---------------------------------------------------------------------------------------------------
 
     def journal(self, kind: str) -> list[dict[str, Any]]:
-        """Rows of a kind so far."""
-        return [row for row in rows(self.run_dir / "journal.jsonl") if row["kind"] == kind]
+        """Rows of a kind so far; only their lines are parsed, for this is asked often."""
+        path, mark = self.run_dir / "journal.jsonl", f'"kind":"{kind}"'
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if mark in line and line.endswith("}")]
 
     def events(self, what: str) -> list[dict[str, Any]]:
         """`worker` events of a sort."""
         return [row for row in self.journal("worker") if row["what"] == what]
+
+    def workers_ready(self) -> set[str]:
+        """Rollout workers that the newest attempt may use, as far as is written down."""
+        ready: set[str] = set()
+        attempt = 0
+        for row in self.journal("worker"):
+            ready = ready if row["attempt"] == attempt else set()
+            attempt = row["attempt"]
+            if row["what"] == "worker_ready":
+                ready.add(row["worker"])
+            elif row["what"] == "worker_lost":
+                ready.discard(row["worker"])
+        return ready
 
     def step(self) -> int:
         """The newest step that is written down."""

@@ -31,7 +31,7 @@ def main() -> int:
         folder = Path(tempfile.mkdtemp(prefix=f"sapo-chaos-{seed}-"))
         settings = ("steps=100000", f"rollout.workers={options.workers}", "rollout.group_deadline_s=60")
         run = ChaosRun(folder, settings, faults={"CHAOS_REPLACEMENTS": "1000000"})
-        campaign = Campaign(run, seed, dict(weights))
+        campaign = Campaign(run, seed, options.workers, dict(weights))
         try:
             totals = campaign.go(60 * options.minutes).totals
         except AssertionError as error:
