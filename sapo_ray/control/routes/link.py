@@ -120,6 +120,8 @@ def _assigned(control: Control, driver: tuple[str, int]) -> Response:
         try:
             spec, secrets = launch.what_to_run(session, row, control.settings)
         except Refused as refusal:
+            if refusal.status_code >= 500:  # it cannot be told now; the driver asks again
+                raise
             refused = refusal
         else:
             orders = _orders(row)
