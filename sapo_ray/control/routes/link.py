@@ -152,6 +152,8 @@ def _orders(row: JobRow) -> Orders:
         state=row.desired_state,  # type: ignore[arg-type]
         discard=row.discard,
         rollout_workers=row.scale_target,
+        rollout_min=row.scale_min,
+        rollout_max=row.scale_max,
         checkpoint_request=row.checkpoint_request,
         generation=row.generation,
     )
