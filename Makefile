@@ -4,6 +4,7 @@
 # make chaos        kill parts of real runs at random: SEEDS="1 2", MINUTES=10 each, FAULTS="rollout=5 driver=1"
 # make check        format, lint, types and layers, as every commit should pass; make format: apply the format
 # make docs         write docs/jobs.md and docs/api.md again from what they describe
+# make chart        write the chart's table of values and the plain manifests again
 # make clean        remove .venv and caches
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -24,11 +25,11 @@ PATHS := sapo_ray tests scripts $(wildcard benchmarks examples)
 SEEDS ?= 1
 MINUTES ?= 10
 
-.PHONY: help setup quickstart test test-fast chaos check format docs clean
+.PHONY: help setup quickstart test test-fast chaos check format docs chart clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 setup: $(VENV)/.project
 
@@ -74,6 +75,9 @@ check: setup
 format: setup
 	$(BIN)/ruff format $(PATHS)
 	$(BIN)/ruff check --fix $(PATHS)
+
+chart: setup
+	$(BIN)/python scripts/chart_pages.py
 
 docs: setup
 	$(BIN)/python -m sapo_ray.config.reference > docs/jobs.md

@@ -4,7 +4,7 @@ training.py     train resume validate eval      one job on this machine, without
 jobs.py         submit jobs get watch ...       jobs on a service (SAPO_URL, SAPO_API_KEY)
 logs.py         logs
 diagnose.py     diagnose                        what is the matter with a job, or a run
-service.py      serve keys datasets models      the service itself
+service.py      serve migrate keys datasets ...  the service itself
 quickstart.py   quickstart                      a service for one job, from start to end
 tools.py        gates grade                     parts by themselves
 """
@@ -51,7 +51,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         *(jobs.submit, jobs.jobs, jobs.get, jobs.watch, diagnose.diagnose, logs.logs, jobs.samples, jobs.export),
         *(jobs.pause, jobs.cancel, jobs.checkpoint, jobs.scale, jobs.delete),
     ),
-    SERVICE: (service.serve, quickstart.quickstart, service.models),
+    SERVICE: (service.serve, service.migrate, service.apply_cluster, quickstart.quickstart, service.models),
     TOOLS: (tools.gates, tools.grade),
 }
 for panel, commands in PANELS.items():

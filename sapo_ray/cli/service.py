@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,32 @@ def serve(
         from sapo_ray.control.serve import serve as run
 
         run({name: value for name, value in given.items() if value is not None})
+
+
+def migrate() -> None:
+    """Bring the database to this version's tables, and end; `serve` does so too when it starts."""
+    with user_errors():
+        from sapo_ray.control.settings import load_settings
+        from sapo_ray.control.store import Store
+
+        settings = load_settings()
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        with closing(Store(settings.database_url)) as store:
+            store.migrate()
+        print("the database has this version's tables")
+
+
+def apply_cluster(
+    manifest: Annotated[Path, typer.Argument(metavar="FILE", help="Its manifest, as JSON.")],
+    owner: Annotated[str, typer.Option(help="ConfigMap in its namespace with which it goes.")],
+) -> None:
+    """Make or change the RayCluster that jobs share, from within a pod; leaves to Ray's autoscaler what it decided."""
+    with user_errors():
+        from sapo_ray.control.shared_cluster import ApiServer, apply, read_manifest
+
+        wanted = read_manifest(manifest)
+        with ApiServer.of_this_pod() as api:
+            print(f"RayCluster {wanted['metadata']['name']}: {apply(api, wanted, owner)}")
 
 
 @datasets.command("upload")

@@ -22,16 +22,17 @@ from sapo_ray.config.problems import MOST_PROBLEMS, describe
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
 
-SCALING = (
+RESUMABLE = (
+    "steps",
     "rollout.workers",
-    "rollout.min_workers",
-    "rollout.max_workers",
-    "rollout.drain_timeout_s",
-    "rollout.autoscale",
-    "rollout.autoscale_wait",
-    "rollout.autoscale_steps",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "deadlines",
+    "guard",
+    "secrets",
+    "output",
 )
-RESUMABLE = ("steps", *SCALING, "checkpoint", "evaluation", "logging", "deadlines", "guard", "secrets", "output")
 """Keys and sections that a resumed run may change; all else would make it another run."""
 
 

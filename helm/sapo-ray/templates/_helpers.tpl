@@ -1,0 +1,169 @@
+{{/* Names. All begin with the fullname; its bound keeps every name that KubeRay makes from the cluster's whole. */}}
+{{- define "sapo-ray.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "sapo-ray.control" -}}{{ include "sapo-ray.fullname" . }}-control{{- end -}}
+{{- define "sapo-ray.cluster" -}}{{ include "sapo-ray.fullname" . }}-cluster{{- end -}}
+{{- define "sapo-ray.manifest" -}}{{ include "sapo-ray.fullname" . }}-raycluster{{- end -}}
+{{- define "sapo-ray.headAccount" -}}{{ include "sapo-ray.fullname" . }}-ray-head{{- end -}}
+{{- define "sapo-ray.workerAccount" -}}{{ include "sapo-ray.fullname" . }}-ray-worker{{- end -}}
+{{- define "sapo-ray.dataClaim" -}}
+{{- default (printf "%s-data" (include "sapo-ray.fullname" .)) .Values.storage.existingClaim -}}
+{{- end -}}
+{{- define "sapo-ray.databaseClaim" -}}
+{{- default (printf "%s-database" (include "sapo-ray.fullname" .)) .Values.database.sqlite.existingClaim -}}
+{{- end -}}
+
+{{/* Labels. Those of pods that Ray makes name no version: a change of them would restart all of them. */}}
+{{- define "sapo-ray.selector" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "sapo-ray.labels" -}}
+{{ include "sapo-ray.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "sapo-ray.rayLabels" -}}
+app.kubernetes.io/instance: {{ .Release.Name }}
+sapo-ray.io/service: {{ include "sapo-ray.fullname" . }}
+{{- end -}}
+
+{{/* An image of image.control or image.worker: digest before tag before appVersion. Takes (list $ "control"). */}}
+{{- define "sapo-ray.image" -}}
+{{- $root := index . 0 -}}
+{{- $image := index $root.Values.image (index . 1) -}}
+{{- if $image.digest -}}
+{{- printf "%s@%s" $image.repository $image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $image.repository (default $root.Chart.AppVersion $image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "sapo-ray.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "sapo-ray.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.podSecurity.runAsUser }}
+runAsGroup: {{ .Values.podSecurity.runAsGroup }}
+fsGroup: {{ .Values.podSecurity.fsGroup }}
+fsGroupChangePolicy: OnRootMismatch
+{{- with .Values.podSecurity.supplementalGroups }}
+supplementalGroups: {{ toJson . }}
+{{- end }}
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "sapo-ray.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* Where its pods run, of control, ray.head or a group. */}}
+{{- define "sapo-ray.scheduling" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{- define "sapo-ray.dataVolume" -}}
+name: data
+{{- if .Values.storage.hostPath }}
+hostPath:
+  path: {{ .Values.storage.hostPath }}
+  type: Directory
+{{- else }}
+persistentVolumeClaim:
+  claimName: {{ include "sapo-ray.dataClaim" . }}
+{{- end }}
+{{- end -}}
+
+{{/* The pod's account, for the one container that needs it: what is mounted everywhere is everybody's. */}}
+{{- define "sapo-ray.accountVolume" -}}
+name: kube-account
+projected:
+  defaultMode: 288
+  sources:
+    - serviceAccountToken:
+        path: token
+        expirationSeconds: 3607
+    - configMap:
+        name: kube-root-ca.crt
+        items:
+          - key: ca.crt
+            path: ca.crt
+    - downwardAPI:
+        items:
+          - path: namespace
+            fieldRef:
+              fieldPath: metadata.namespace
+{{- end -}}
+
+{{- define "sapo-ray.accountMount" -}}
+name: kube-account
+mountPath: /var/run/secrets/kubernetes.io/serviceaccount
+readOnly: true
+{{- end -}}
+
+{{/* A setting as the environment has it: lists as JSON, whole numbers without exponent. */}}
+{{- define "sapo-ray.setting" -}}
+{{- if kindIs "slice" . -}}
+{{- toJson . -}}
+{{- else if and (kindIs "float64" .) (eq (floor .) .) -}}
+{{- int64 . -}}
+{{- else -}}
+{{- toString . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Worker groups with what groupDefaults say, as YAML of {groups: {name: group}}. */}}
+{{- define "sapo-ray.groups" -}}
+{{- $groups := dict -}}
+{{- range $name, $group := .Values.ray.groups -}}
+{{- if $group -}}
+{{- $_ := set $groups $name (mergeOverwrite (deepCopy $.Values.ray.groupDefaults) (deepCopy $group)) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (dict "groups" $groups) -}}
+{{- end -}}

@@ -1,0 +1,171 @@
+{{/* The RayCluster. What changes here restarts all Ray pods where upgradeStrategy is Recreate: nothing names a version
+     of the chart. CPUs, memory and GPUs stand in the containers' limits alone, from which operator and autoscaler read. */}}
+{{- define "sapo-ray.raycluster" -}}
+{{- $v := .Values -}}
+apiVersion: ray.io/v1
+kind: RayCluster
+metadata:
+  name: {{ include "sapo-ray.cluster" . }}
+  namespace: {{ .Release.Namespace }}
+  labels:
+    {{- include "sapo-ray.labels" . | nindent 4 }}
+    app.kubernetes.io/component: ray
+    {{- with $v.kueue.queue }}
+    kueue.x-k8s.io/queue-name: {{ . }}
+    {{- end }}
+    {{- with $v.kueue.priorityClass }}
+    kueue.x-k8s.io/priority-class: {{ . }}
+    {{- end }}
+  {{- if and $v.kueue.queue $v.kueue.elastic }}
+  annotations:
+    kueue.x-k8s.io/elastic-job: "true"
+  {{- end }}
+spec:
+  rayVersion: {{ $v.ray.version | quote }}
+  enableInTreeAutoscaling: {{ $v.ray.autoscaling.enabled }}
+  {{- if $v.ray.autoscaling.enabled }}
+  autoscalerOptions:
+    version: v2
+    idleTimeoutSeconds: {{ $v.ray.autoscaling.idleTimeoutSeconds }}
+    upscalingMode: {{ $v.ray.autoscaling.upscalingMode }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    resources:
+      {{- toYaml $v.ray.autoscaling.resources | nindent 6 }}
+    securityContext:
+      {{- include "sapo-ray.containerSecurity" . | nindent 6 }}
+    env:
+      - name: HOME
+        value: /tmp
+    volumeMounts:
+      - name: tmp
+        mountPath: /tmp
+      - {{- include "sapo-ray.accountMount" . | nindent 8 }}
+  {{- end }}
+  upgradeStrategy:
+    type: {{ $v.ray.upgradeStrategy }}
+  authOptions:
+    mode: {{ ternary "token" "disabled" $v.ray.auth.enabled }}
+    {{- if and $v.ray.auth.enabled $v.ray.auth.existingSecret }}
+    secretName: {{ $v.ray.auth.existingSecret }}
+    {{- end }}
+  {{- if $v.ray.gcsFaultTolerance.enabled }}
+  gcsFaultToleranceOptions:
+    redisAddress: {{ $v.ray.gcsFaultTolerance.redisAddress }}
+    {{- with $v.ray.gcsFaultTolerance.existingSecret }}
+    redisPassword:
+      valueFrom:
+        secretKeyRef:
+          name: {{ . }}
+          key: {{ $v.ray.gcsFaultTolerance.passwordKey }}
+    {{- end }}
+  {{- end }}
+  headGroupSpec:
+    rayStartParams:
+      num-cpus: "0"
+      dashboard-host: "0.0.0.0"
+    template:
+      {{- include "sapo-ray.rayPod" (dict "root" . "pod" $v.ray.head "name" "head" "head" true) | nindent 6 }}
+  workerGroupSpecs:
+    {{- range $name, $group := (fromYaml (include "sapo-ray.groups" .)).groups }}
+    - groupName: {{ $name }}
+      minReplicas: {{ int $group.min }}
+      maxReplicas: {{ int $group.max }}
+      replicas: {{ int $group.min }}
+      numOfHosts: 1
+      {{- if $v.ray.autoscaling.enabled }}
+      {{- if $group.idleTimeoutSeconds }}
+      idleTimeoutSeconds: {{ int $group.idleTimeoutSeconds }}
+      {{- end }}
+      {{- if $group.priority }}
+      priority: {{ int $group.priority }}
+      {{- end }}
+      {{- end }}
+      labels:
+        sapo-ray.io/role: {{ $group.role }}
+      rayStartParams: {}
+      template:
+        {{- include "sapo-ray.rayPod" (dict "root" $ "pod" $group "name" $name "head" false) | nindent 8 }}
+    {{- end }}
+{{- end -}}
+
+{{/* A pod of the cluster. Takes root, pod (ray.head or a group), name, and whether it is the head. */}}
+{{- define "sapo-ray.rayPod" -}}
+{{- $v := .root.Values -}}
+metadata:
+  labels:
+    {{- include "sapo-ray.rayLabels" .root | nindent 4 }}
+    app.kubernetes.io/component: ray-{{ .name }}
+  {{- with .pod.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  serviceAccountName: {{ ternary (include "sapo-ray.headAccount" .root) (include "sapo-ray.workerAccount" .root) .head }}
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- include "sapo-ray.pullSecrets" .root | nindent 2 }}
+  securityContext:
+    {{- include "sapo-ray.podSecurity" .root | nindent 4 }}
+  {{- with include "sapo-ray.scheduling" .pod }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  containers:
+    - name: ray-{{ ternary "head" "worker" .head }}
+      image: {{ default (include "sapo-ray.image" (list .root "worker")) .pod.image }}
+      imagePullPolicy: {{ $v.image.pullPolicy }}
+      securityContext:
+        {{- include "sapo-ray.containerSecurity" .root | nindent 8 }}
+      env:
+        - name: HOME
+          value: /tmp
+        - name: HF_HOME
+          value: {{ $v.storage.mountPath }}/cache/huggingface
+        - name: RAY_USAGE_STATS_ENABLED
+          value: "0"
+        {{- if .head }}
+        - name: SAPO_ROLE_LABEL
+          value: sapo-ray.io/role
+        - name: SAPO_ACCELERATOR
+          value: {{ $v.ray.accelerator }}
+        {{- end }}
+        {{- with $v.ray.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- if .head }}
+      ports:
+        - name: gcs-server
+          containerPort: 6379
+        - name: dashboard
+          containerPort: 8265
+      {{- end }}
+      resources:
+        {{- range $kind := list "requests" "limits" }}
+        {{ $kind }}:
+          cpu: {{ $.pod.cpu | quote }}
+          memory: {{ $.pod.memory | quote }}
+          {{- if $.pod.gpus }}
+          {{ $.pod.gpuResource }}: {{ int $.pod.gpus }}
+          {{- end }}
+          {{- range $resource, $amount := $.pod.extraResources }}
+          {{ $resource }}: {{ $amount }}
+          {{- end }}
+        {{- end }}
+      volumeMounts:
+        - name: data
+          mountPath: {{ $v.storage.mountPath }}
+        - name: shm
+          mountPath: /dev/shm
+        - name: tmp
+          mountPath: /tmp
+  volumes:
+    - {{- include "sapo-ray.dataVolume" .root | nindent 6 }}
+    - name: shm
+      emptyDir:
+        medium: Memory
+        sizeLimit: {{ .pod.shm }}
+    - name: tmp
+      emptyDir: {}
+    {{- if and .head $v.ray.autoscaling.enabled }}
+    - {{- include "sapo-ray.accountVolume" .root | nindent 6 }}
+    {{- end }}
+{{- end -}}

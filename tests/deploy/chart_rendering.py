@@ -1,0 +1,214 @@
+"""The chart, rendered by Helm's own library in this process; and by the helm command where there is one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+helm = pytest.importorskip("helm_python", reason="no helm-python-sdk: the chart is rendered with the CPU set only")
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "sapo-ray"
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "deploy" / "values").glob("*.yaml"))}
+MANIFESTS = ROOT / "deploy" / "kuberay"
+NAMESPACE = "rl"
+Object = dict[str, Any]
+
+
+class Refused(Exception):
+    """The chart does not take these values; the message is what Helm's user reads."""
+
+
+@cache
+def chart() -> Any:
+    """Immutable, so one for all tests."""
+    return helm.Chart.load(CHART)
+
+
+def texts(values: Mapping[str, Any], name: str = "demo", namespace: str = NAMESPACE) -> dict[str, str]:
+    """Text of each template. Raises Refused."""
+    try:
+        return dict(chart().render(dict(values), name=name, namespace=namespace))
+    except helm.HelmError as error:
+        raise Refused(str(error)) from error
+
+
+def render(values: Mapping[str, Any] | None = None, name: str = "demo", namespace: str = NAMESPACE) -> list[Object]:
+    """All objects, those of `helm test` too. Raises Refused."""
+    return [
+        one
+        for template, text in texts(values or {}, name, namespace).items()
+        if template.endswith(".yaml")
+        for one in yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if one
+    ]
+
+
+def example(name: str) -> Object:
+    """Values of an example."""
+    found: Object = yaml.safe_load(EXAMPLES[name].read_text())
+    return found
+
+
+def ray_cluster(objects: list[Object]) -> Object:
+    """The RayCluster, be it an object or a manifest that the service applies."""
+    for one in objects:
+        if one["kind"] == "RayCluster":
+            return one
+        if one["kind"] == "ConfigMap" and "raycluster.json" in one["data"]:
+            found: Object = json.loads(one["data"]["raycluster.json"])
+            return found
+    raise LookupError("no RayCluster among the objects")
+
+
+def one(objects: list[Object], kind: str, ending: str = "") -> Object:
+    """The only object of a kind whose name ends so."""
+    found = [thing for thing in objects if thing["kind"] == kind and thing["metadata"]["name"].endswith(ending)]
+    assert len(found) == 1, [thing["metadata"]["name"] for thing in found]
+    return found[0]
+
+
+def pod_templates(objects: list[Object]) -> Iterator[tuple[str, Object]]:
+    """Every pod that comes of the objects, by name of what makes it."""
+    for thing in objects:
+        if thing["kind"] == "Deployment":
+            yield thing["metadata"]["name"], thing["spec"]["template"]
+        if thing["kind"] == "Pod":
+            yield thing["metadata"]["name"], thing
+    try:
+        spec = ray_cluster(objects)["spec"]
+    except LookupError:
+        return
+    yield "head", spec["headGroupSpec"]["template"]
+    for group in spec["workerGroupSpecs"]:
+        yield group["groupName"], group["template"]
+
+
+def environment(container: Object) -> dict[str, Any]:
+    """Name to value, or to where it comes from."""
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container.get("env", [])}
+
+
+def overlaid(*layers: Mapping[str, Any]) -> Object:
+    """Later values over earlier ones, as Helm merges files."""
+    merged: Object = {}
+    for layer in layers:
+        _merge(merged, layer)
+    return merged
+
+
+def _merge(into: Object, layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
+FEATURES: dict[str, Object] = {
+    "postgresql": {
+        "control": {"replicas": 2},
+        "database": {"kind": "postgresql", "postgresql": {"existingSecret": "db"}},
+    },
+    "static": {"ray": {"mode": "static"}},
+    "external": {"ray": {"mode": "external", "external": {"jobsUrl": "http://ray:8265", "tokenSecret": "ray-token"}}},
+    "fixed_size": {
+        "ray": {"autoscaling": {"enabled": False}, "groups": {"rollout": {"min": 2}, "learner": {"min": 1}}}
+    },
+    "redis": {
+        "ray": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis.db:6379", "existingSecret": "redis"}}
+    },
+    "no_token": {"ray": {"auth": {"enabled": False}}},
+    "own_token": {"ray": {"auth": {"existingSecret": "ray-token"}}},
+    "keep_pods": {"ray": {"upgradeStrategy": "None"}},
+    "kueue": {"kueue": {"queue": "gpus", "elastic": True, "priorityClass": "research"}},
+    "cpu": {"ray": {"accelerator": "cpu", "groups": {"rollout": {"gpus": 0}, "learner": {"gpus": 0}}}},
+    "more_groups": {
+        "ray": {
+            "groupDefaults": {"nodeSelector": {"pool": "a"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
+            "groups": {
+                "rollout-big": {
+                    "role": "rollout",
+                    "image": "example.com/worker@sha256:" + "a" * 64,
+                    "gpus": 2,
+                    "extraResources": {"rdma/hca": 1},
+                    "priority": 5,
+                    "runtimeClassName": "nvidia",
+                    "priorityClassName": "high",
+                    "podAnnotations": {"example.com/a": "b"},
+                    "protect": True,
+                    "topologySpreadConstraints": [
+                        {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
+                    ],
+                }
+            },
+        }
+    },
+    "extras": {
+        "control": {
+            "settings": {"max_running_per_tenant": 8, "allow_models": ["builtin:*", "Qwen/*"], "rate_per_s": 0.5},
+            "adminKey": {"existingSecret": "admin"},
+            "tenantSecrets": {"research": "research-tokens", "Lab.2": "lab"},
+            "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+            "serviceAccountAnnotations": {"a/b": "c"},
+            "podAnnotations": {"d": "e"},
+            "nodeSelector": {"pool": "cpu"},
+            "priorityClassName": "high",
+        },
+        "ray": {"extraEnv": [{"name": "NCCL_DEBUG", "value": "INFO"}], "serviceAccountAnnotations": {"a/b": "c"}},
+        "podSecurity": {"supplementalGroups": [5000]},
+    },
+    "ingress": {
+        "control": {"ingress": {"enabled": True, "className": "nginx", "host": "rl.example.com", "tlsSecret": "tls"}},
+        "networkPolicy": {"ingressFrom": [{"namespaceSelector": {"matchLabels": {"name": "ingress"}}}]},
+    },
+    "monitoring": {
+        "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}, "dashboard": {"enabled": True}}
+    },
+    "no_metrics": {"monitoring": {"metrics": False}},
+    "one_node": {"singleNode": True, "storage": {"hostPath": "/srv/rl"}},
+    "claims": {"storage": {"existingClaim": "runs"}, "database": {"sqlite": {"existingClaim": "db"}}},
+    "classes": {"storage": {"storageClass": "nfs", "keep": False}, "database": {"sqlite": {"storageClass": "ssd"}}},
+    "images": {
+        "image": {
+            "control": {"repository": "example.com/c", "digest": "sha256:" + "b" * 64},
+            "worker": {"repository": "example.com/w", "tag": "x"},
+            "pullSecrets": ["registry"],
+            "pullPolicy": "Always",
+        }
+    },
+    "internet": {
+        "networkPolicy": {
+            "internetFor": ["head", "rollout", "learner", "verifier"],
+            "internetPorts": [80, 443],
+            "database": {"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}]},
+            "redis": {"to": [{"podSelector": {"matchLabels": {"app": "redis"}}}]},
+            "extraEgress": {
+                "control": [{"ports": [{"port": 443}]}],
+                "ray": [{"to": [{"podSelector": {"matchLabels": {"app": "mlflow"}}}], "ports": [{"port": 5000}]}],
+            },
+        }
+    },
+    "no_policies": {"networkPolicy": {"enabled": False}},
+    "no_budgets": {"podDisruptionBudget": {"enabled": False}},
+    "names": {"nameOverride": "trainer", "fullnameOverride": "a-name-of-just-thirty-six-characters"},
+    "load_balancer": {"control": {"service": {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}}}},
+}
+"""What may be switched on, or off, each by itself."""
+CONTRADICTIONS = {
+    frozenset({"external", "kueue"}),
+    frozenset({"external", "static"}),
+    frozenset({"cpu", "more_groups"}),
+    frozenset({"monitoring", "no_metrics"}),
+    frozenset({"one_node", "claims"}),
+}
+"""Pairs of features that must be refused, or overwrite each other."""
+ALL_ON = [name for name in FEATURES if not name.startswith("no_") and name not in ("external", "static", "cpu")]
+ALL_ON = [name for name in ALL_ON if name not in ("one_node", "fixed_size")]

@@ -1,0 +1,182 @@
+"""`sapo-ray apply-cluster`: the service makes and changes the RayCluster, under the rights that the chart grants it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_server_stand_in import Kubernetes
+from chart_rendering import FEATURES, Object, overlaid, ray_cluster, render
+from typer.testing import CliRunner
+
+from sapo_ray.cli.main import app
+from sapo_ray.control import shared_cluster
+from sapo_ray.control.shared_cluster import ApiServer, Outcome, apply, merged, read_manifest
+from sapo_ray.errors import ConfigError, ResourceError
+
+CLUSTER, OWNER = "demo-sapo-ray-cluster", "demo-sapo-ray-raycluster"
+
+
+@pytest.fixture
+def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernetes]:
+    """With the chart's objects in it, and this process as the service's pod."""
+    kube = Kubernetes(tmp_path)
+    kube.install(render())
+    account = kube.account(tmp_path / "account", "demo-sapo-ray-control")
+    monkeypatch.setattr(shared_cluster, "POD_ACCOUNT", account)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT_HTTPS", str(kube.port))
+    yield kube
+    kube.close()
+
+
+def bring(values: Object | None = None) -> Outcome:
+    with ApiServer.of_this_pod() as api:
+        return apply(api, ray_cluster(render(values)), OWNER)
+
+
+def sizes(kube: Kubernetes) -> dict[str, int]:
+    return {
+        group["groupName"]: group["replicas"] for group in kube.get("RayCluster", CLUSTER)["spec"]["workerGroupSpecs"]
+    }
+
+
+def scale(kube: Kubernetes, name: str, replicas: int, victims: list[str]) -> None:
+    """As the autoscaler does."""
+
+    def change(cluster: Object) -> None:
+        for group in cluster["spec"]["workerGroupSpecs"]:
+            if group["groupName"] == name:
+                group |= {"replicas": replicas, "scaleStrategy": {"workersToDelete": victims}}
+
+    kube.change("RayCluster", CLUSTER, change)
+
+
+def test_the_command_makes_the_cluster_from_the_charts_manifest_and_the_cluster_goes_with_it(
+    kube: Kubernetes, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "raycluster.json"
+    manifest.write_text(kube.get("ConfigMap", OWNER)["data"]["raycluster.json"])
+    done = CliRunner().invoke(app, ["apply-cluster", str(manifest), "--owner", OWNER])
+    assert (done.exit_code, done.output) == (0, f"RayCluster {CLUSTER}: created\n")
+    again = CliRunner().invoke(app, ["apply-cluster", str(manifest), "--owner", OWNER])
+    assert again.output == f"RayCluster {CLUSTER}: unchanged\n"
+    assert {code for user, _, _, code in kube.log if user != "admin"} == {200, 201, 404}
+    kube.do("admin", "delete", "configmaps", "rl", OWNER)
+    assert ("rayclusters", "rl", CLUSTER) not in kube.objects
+
+
+def test_a_change_leaves_to_the_autoscaler_what_it_decided(kube: Kubernetes) -> None:
+    assert bring() == "created"
+    scale(kube, "rollout", 3, ["pod-a"])
+    assert bring() == "unchanged"
+    assert bring({"ray": {"groups": {"rollout": {"max": 9}, "verifier": {"cpu": "6"}}}}) == "changed"
+    cluster = kube.get("RayCluster", CLUSTER)
+    groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+    assert (groups["rollout"]["replicas"], groups["rollout"]["maxReplicas"]) == (3, 9)
+    assert groups["rollout"]["scaleStrategy"] == {"workersToDelete": ["pod-a"]}
+    assert groups["verifier"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "6"
+    assert cluster["metadata"]["ownerReferences"][0]["name"] == OWNER
+
+
+def test_sizes_are_brought_within_new_bounds(kube: Kubernetes) -> None:
+    bring()
+    scale(kube, "rollout", 4, [])
+    bring({"ray": {"groups": {"rollout": {"max": 2}, "learner": {"min": 1}}}})
+    assert sizes(kube) == {"rollout": 2, "learner": 1, "verifier": 1}
+
+
+def test_a_cluster_of_fixed_size_has_the_size_that_the_values_say(kube: Kubernetes) -> None:
+    bring(FEATURES["fixed_size"])
+    assert sizes(kube) == {"rollout": 2, "learner": 1, "verifier": 1}
+    bring(overlaid(FEATURES["fixed_size"], {"ray": {"groups": {"rollout": {"min": 4}}}}))
+    assert sizes(kube)["rollout"] == 4
+
+
+def test_whoever_was_quicker_is_read_again(kube: Kubernetes) -> None:
+    bring()
+    writes = []
+
+    def somebody(verb: str, name: str) -> None:
+        if verb == "update" and len(writes) < 3:
+            writes.append(verb)
+            scale(kube, "rollout", len(writes), [])
+
+    kube.before_write = somebody
+    assert bring({"ray": {"groups": {"rollout": {"max": 7}}}}) == "changed"
+    assert [code for _, verb, _, code in kube.log if verb == "update"] == [409, 409, 409, 200]
+    assert sizes(kube)["rollout"] == 3
+
+
+def test_two_replicas_that_start_at_once_make_one_cluster(kube: Kubernetes) -> None:
+    def quicker(verb: str, name: str) -> None:
+        kube.before_write = lambda verb, name: None
+        bring()
+
+    kube.before_write = quicker
+    assert bring() == "unchanged"
+    assert [code for _, verb, _, code in kube.log if verb == "create" and code != 200] == [201, 409]
+
+
+def test_somebody_who_writes_all_the_time_is_not_waited_for_for_ever(kube: Kubernetes) -> None:
+    bring()
+    kube.before_write = lambda verb, name: scale(kube, "rollout", 1, []) if verb == "update" else None
+    with pytest.raises(ResourceError, match="at each of 8 tries"):
+        bring({"ray": {"groups": {"rollout": {"max": 7}}}})
+
+
+def test_groups_that_are_gone_go_and_suspension_and_finalizers_stay() -> None:
+    live = ray_cluster(render(FEATURES["more_groups"]))
+    live["spec"]["suspend"] = True
+    live["metadata"] |= {"finalizers": ["ray.io/gcs-ft-redis-cleanup-finalizer"], "resourceVersion": "7", "uid": "u"}
+    live["metadata"]["annotations"] = {"somebody/else": "x"}
+    body = merged(ray_cluster(render()), live)
+    assert [group["groupName"] for group in body["spec"]["workerGroupSpecs"]] == ["learner", "rollout", "verifier"]
+    assert body["spec"]["suspend"] is True
+    assert body["metadata"]["finalizers"] == ["ray.io/gcs-ft-redis-cleanup-finalizer"]
+    assert body["metadata"]["annotations"] == {"somebody/else": "x"}
+    assert body["metadata"]["resourceVersion"] == "7"
+
+
+def test_the_service_may_touch_no_other_cluster(kube: Kubernetes) -> None:
+    other = ray_cluster(render(name="other"))
+    kube.do("admin", "create", "rayclusters", "rl", "", body=other)
+    with ApiServer.of_this_pod() as api, pytest.raises(ResourceError, match=r"403.*cannot get resource"):
+        apply(api, other, OWNER)
+
+
+def test_without_the_operators_definitions_it_says_so(kube: Kubernetes) -> None:
+    kube.unknown.add("rayclusters")
+    with pytest.raises(ResourceError, match="install the KubeRay operator"):
+        bring()
+
+
+def test_an_api_server_that_is_away_is_named_with_what_may_stop_it(kube: Kubernetes) -> None:
+    kube.close()
+    with pytest.raises(ResourceError, match=r"cannot be reached.*networkPolicy\.kubeApi"):
+        bring()
+
+
+def test_outside_a_pod_the_command_says_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="in a pod of the chart"):
+        ApiServer.of_this_pod(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"kind": "Pod"}', '{"kind": "RayCluster", "metadata": {"name": "a"}}', "[]"]
+)
+def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="not the JSON manifest of a RayCluster"):
+        read_manifest(file)
+
+
+def test_a_manifest_that_the_api_server_refuses_is_told_with_its_reason(kube: Kubernetes) -> None:
+    wrong: dict[str, Any] = json.loads(json.dumps(ray_cluster(render())))
+    wrong["kind"] = "Pod"
+    with ApiServer.of_this_pod() as api, pytest.raises(ResourceError, match="answered 400: Pod is not RayCluster"):
+        apply(api, wrong, OWNER)
