@@ -6,6 +6,7 @@
     |-- ModelError           a model or tokenizer cannot be loaded or is of an unsupported kind
     |-- WeightsRefused       weights arrived damaged or incomplete, or failed the canary
     |-- WorkerLost           an actor died or stopped answering
+    |-- WorkerDrained        a rollout worker was taken away before it had finished: no loss, and nobody's fault
     |-- DeadlineExceeded     a named, bounded wait ran out
     |   `-- NoWorker         no rollout worker could be used meanwhile: says nothing about what was to be sampled
     |-- CheckpointError      a checkpoint is missing, damaged, or does not fit the job
@@ -39,6 +40,10 @@ class WeightsRefused(SapoRayError):
 
 class WorkerLost(SapoRayError):
     """An actor died or stopped answering."""
+
+
+class WorkerDrained(SapoRayError):
+    """A rollout worker was taken away by scaling; what it had not finished is to be asked for again."""
 
 
 class DeadlineExceeded(SapoRayError, TimeoutError):

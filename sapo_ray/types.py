@@ -240,6 +240,27 @@ class Takeover:
     canary_mean: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerCount:
+    """Rollout workers at one moment."""
+
+    wanted: int
+    ready: int
+    """They sample, or are just taking newer weights over."""
+    starting: int
+    """Placed, and not ready yet."""
+    pending: int
+    """The cluster has no room for them."""
+    draining: int
+    """Surplus; they finish what they have."""
+    given_up: int
+    """Wanted, but lost too often to be replaced."""
+    asked: str
+    """If some are pending: what the cluster has no room for, in words."""
+    last_loss: str
+    """Why a worker was lost last."""
+
+
 def sampling_seed(job_seed: int, prompt_id: str, sample_index: int) -> int:
     """Seed of one completion: a hash of who it is, never of when or where it is sampled. In [0, 2**63)."""
     digest = hashlib.blake2b(f"{job_seed}/{prompt_id}/{sample_index}".encode(), digest_size=8).digest()

@@ -62,6 +62,30 @@ class Scale(Wire):
     """How many it should have now; min <= target <= max."""
 
 
+class ObservedWorkers(Wire):
+    """Rollout workers as the driver last counted them."""
+
+    wanted: int
+    """How many it aims at: the target it heard of last, or what it chose itself (`rollout.autoscale`)."""
+    ready: int
+    """They sample, or are just taking newer weights over."""
+    starting: int
+    """Placed on a node, loading the model or taking weights over for the first time."""
+    pending: int
+    """The cluster has no room for them yet."""
+    draining: int
+    """Surplus: they get no new groups, finish what they have within `rollout.drain_timeout_s`, and end."""
+    given_up: int
+    """Lost too often to be replaced; tried again when the job is scaled to another number."""
+
+
+class ScaleState(Scale):
+    """How many rollout workers a job wants, and how many there are."""
+
+    observed: ObservedWorkers | None = None
+    """null while the job has no driver that counts them."""
+
+
 class Desired(Wire):
     """What the user asked for last."""
 

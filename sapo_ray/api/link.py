@@ -36,6 +36,10 @@ class Orders(FromControl):
     """With cancel: nothing needs to be exported."""
     rollout_workers: int
     """Rollout workers wanted."""
+    rollout_min: int = 1
+    """Fewest with which the job goes on."""
+    rollout_max: int | None = None
+    """Most that it may be given; rollout_workers if null."""
     checkpoint_request: int
     """Counts requests for a checkpoint; one more than at the driver's start is one to be made."""
     generation: int

@@ -11,7 +11,7 @@ from sapo_ray.cli.options import AsJson, JobFile, JobId, Overrides, Wait, consol
 from sapo_ray.terminal import json_line, shown
 
 if TYPE_CHECKING:
-    from sapo_ray.api.jobs import Job, State
+    from sapo_ray.api.jobs import Job, ObservedWorkers, State
 
 WAIT_S = 30 * 86400.0
 """`--wait` and `watch` end after a month, whatever happens."""
@@ -158,7 +158,16 @@ def scale(
         if as_json:
             print_json(found.model_dump(mode="json"))
         else:
-            print(f"{found.target} rollout workers wanted, of {found.min} to {found.max}")
+            print(f"{found.target} rollout workers wanted, of {found.min} to {found.max}{_counted(found.observed)}")
+
+
+def _counted(observed: ObservedWorkers | None) -> str:
+    """`; 1 ready, 2 starting`, as the driver last said."""
+    if observed is None:
+        return ""
+    numbers = {name: number for name, number in observed.model_dump().items() if number or name == "ready"}
+    aim = numbers.pop("wanted", 0)
+    return f"; the driver aims at {aim}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in numbers.items())
 
 
 def delete(job: JobId) -> None:

@@ -1,6 +1,6 @@
 """The service from Python: `from sapo_ray import Client`."""
 
-from sapo_ray.api.jobs import LIVE, TERMINAL, Event, Job, Scale
+from sapo_ray.api.jobs import LIVE, TERMINAL, Event, Job, ObservedWorkers, Scale, ScaleState
 from sapo_ray.client.errors import (
     ApiError,
     BadReply,
@@ -35,8 +35,10 @@ __all__ = [
     "Job",
     "NewApiKey",
     "NotFound",
+    "ObservedWorkers",
     "RateLimited",
     "Scale",
+    "ScaleState",
     "Unauthorized",
     "Unavailable",
 ]

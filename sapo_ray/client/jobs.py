@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from urllib.parse import quote
 
 from sapo_ray.api.diagnosis import Diagnosis
-from sapo_ray.api.jobs import TERMINAL, Event, Job, Scale
+from sapo_ray.api.jobs import TERMINAL, Event, Job, ScaleState
 from sapo_ray.client.download import Progress, RemoteFile, download
 from sapo_ray.client.errors import BadReply, Conflict
 from sapo_ray.client.events import EventStream
@@ -163,7 +163,9 @@ class Jobs:
         """Make a checkpoint after the step under way."""
         return self._act(job_id, "checkpoint")
 
-    def scale(self, job_id: str, target: int | None = None, min: int | None = None, max: int | None = None) -> Scale:
+    def scale(
+        self, job_id: str, target: int | None = None, min: int | None = None, max: int | None = None
+    ) -> ScaleState:
         """Rollout workers wanted; without arguments only tell. What is not given stays, or moves as far as it must.
 
         `scale(id, 8)` on {min 1, max 4, target 2} gives {min 1, max 8, target 8}. What somebody else changes at the
@@ -173,13 +175,13 @@ class Jobs:
         path = f"{self._path(job_id)}/scale"
         for left in reversed(range(RACES)):
             reply = self._transport.request("GET", path)
-            now = read(Scale, reply.json())
+            now = read(ScaleState, reply.json())
             if target is None and min is None and max is None:
                 break
             headers = {"If-Match": reply.headers["etag"]} if "etag" in reply.headers else {}
             body = scaled(now, target, min, max)
             try:
-                return read(Scale, self._transport.request("PUT", path, body=body, headers=headers).json())
+                return read(ScaleState, self._transport.request("PUT", path, body=body, headers=headers).json())
             except Conflict as error:
                 if error.status != 412 or not left:
                     raise

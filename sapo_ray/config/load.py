@@ -22,17 +22,16 @@ from sapo_ray.config.problems import MOST_PROBLEMS, describe
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import ConfigError
 
-RESUMABLE = (
-    "steps",
+SCALING = (
     "rollout.workers",
-    "checkpoint",
-    "evaluation",
-    "logging",
-    "deadlines",
-    "guard",
-    "secrets",
-    "output",
+    "rollout.min_workers",
+    "rollout.max_workers",
+    "rollout.drain_timeout_s",
+    "rollout.autoscale",
+    "rollout.autoscale_wait",
+    "rollout.autoscale_steps",
 )
+RESUMABLE = ("steps", *SCALING, "checkpoint", "evaluation", "logging", "deadlines", "guard", "secrets", "output")
 """Keys and sections that a resumed run may change; all else would make it another run."""
 
 

@@ -168,7 +168,19 @@ class RolloutSpec(Section):
     """Sampling by vLLM."""
 
     workers: Count = 1
-    """Rollout actors, each with an engine of its own."""
+    """Rollout actors to begin with, each with an engine of its own."""
+    min_workers: Count = 1
+    """Fewest with which the run goes on: below them it fails."""
+    max_workers: Count | None = None
+    """Most that it may be scaled to; `workers` if not given."""
+    drain_timeout_s: NonNegative = 60.0
+    """A worker that is scaled away may finish what it samples for so long; the rest is then re-issued elsewhere."""
+    autoscale: bool = False
+    """Choose the number of workers, between min_workers and max_workers, by how long the learner waits for them."""
+    autoscale_wait: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of a step that the learner should wait for completions; default 0.4 if max_staleness is 0, else 0.1."""
+    autoscale_steps: Count = 5
+    """Steps measured for each decision."""
     prompts_per_step: Count = 64
     """Groups in one batch."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -195,6 +207,22 @@ class RolloutSpec(Section):
     """No CUDA graphs (always so on CPU)."""
     group_deadline_s: Positive = 600.0
     """A group not finished by then is re-issued elsewhere; after the second time its prompt is quarantined."""
+
+    @model_validator(mode="after")
+    def _workers_are_within_their_bounds(self) -> RolloutSpec:
+        if self.autoscale and self.max_workers is None:
+            raise ValueError("rollout.autoscale needs rollout.max_workers, the most it may ask for; give it")
+        if not self.min_workers <= self.workers <= self.most_workers:
+            raise ValueError(
+                f"rollout.workers must be between rollout.min_workers ({self.min_workers}) and rollout.max_workers "
+                f"({self.most_workers}), got {self.workers}; change it, or the bound"
+            )
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        """What the number of workers may grow to."""
+        return self.max_workers or self.workers
 
 
 class VerifierSpec(Section):

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sapo_ray.config.spec import SECRET_NAME
+from sapo_ray.control.problems import Refused, unavailable
 
 MOST_BYTES = 1 << 16
 """Largest secret: more is a mistake, and an environment has bounds."""
+
+
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""These do not pass by themselves."""
 
 
 class Unusable(Exception):
@@ -22,17 +27,19 @@ class Unusable(Exception):
 
 
 def names(folder: Path | None, tenant: str) -> list[str]:
-    """What the tenant's jobs may name. Empty where nothing can be listed."""
+    """What the tenant's jobs may name; none where no folder is, or none that may be read. Raises Refused (503)."""
     place = _place(folder, tenant)
     try:
         entries = [] if place is None else list(os.scandir(place))
-    except OSError:
+    except _LASTING:
         return []
+    except OSError as error:
+        raise _away(error) from None
     return sorted(entry.name for entry in entries if SECRET_NAME.fullmatch(entry.name) and entry.is_file())
 
 
 def value(folder: Path | None, tenant: str, name: str) -> str:
-    """One secret. Raises Unusable."""
+    """One secret. Raises Unusable, or Refused (503) while the file's storage does not answer."""
     place = _place(folder, tenant)
     if place is None or not SECRET_NAME.fullmatch(name):
         raise Unusable("there is no such secret")
@@ -41,8 +48,10 @@ def value(folder: Path | None, tenant: str, name: str) -> str:
             raw = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise Unusable("there is no such secret") from None
-    except OSError as error:
+    except _LASTING as error:
         raise Unusable(f"the operator's file of it cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise _away(error) from None
     if len(raw) > MOST_BYTES:
         raise Unusable(f"the operator's file of it has more than {MOST_BYTES} bytes")
     try:
@@ -55,8 +64,13 @@ def value(folder: Path | None, tenant: str, name: str) -> str:
 
 
 def values(folder: Path | None, tenant: str, wanted: Sequence[str]) -> dict[str, str]:
-    """What a driver gets as environment variables. Raises Unusable."""
+    """What a driver gets as environment variables. Raises as `value`."""
     return {name: value(folder, tenant, name) for name in wanted}
+
+
+def _away(error: OSError) -> Refused:
+    """Storage that is away for the moment is no secret taken away."""
+    return unavailable(f"the operator's secrets cannot be read ({error.strerror or type(error).__name__})")
 
 
 def _place(folder: Path | None, tenant: str) -> Path | None:

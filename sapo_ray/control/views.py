@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sapo_ray.api.jobs import Condition, Desired, Event, Job, JobStatus, Scale, Summary, Wire
+from sapo_ray.api.jobs import (
+    LIVE,
+    Condition,
+    Desired,
+    Event,
+    Job,
+    JobStatus,
+    ObservedWorkers,
+    Scale,
+    ScaleState,
+    Summary,
+    Wire,
+)
 from sapo_ray.control.store import DatasetRow, EventRow, JobRow, KeyRow
 
 
@@ -140,6 +152,13 @@ def job(row: JobRow, position: int | None = None) -> Job:
 def scale(row: JobRow) -> Scale:
     """Rollout workers wanted."""
     return Scale(min=row.scale_min, max=row.scale_max, target=row.scale_target)
+
+
+def scale_state(row: JobRow) -> ScaleState:
+    """Rollout workers wanted, and those that there are."""
+    counted = row.summary.get("observed_workers") if row.state in LIVE else None
+    observed = None if counted is None else ObservedWorkers.model_validate(counted)
+    return ScaleState(**scale(row).model_dump(), observed=observed)
 
 
 def event(row: EventRow) -> Event:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,16 @@ class Admission:
         self._places = places
         self._taken = 0
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._busy = 0.0
+        self._busy_since = 0.0
+
+    def look(self) -> None:
+        """The number of places changed: those who wait may have their turn now."""
+        self._admit()
+
+    def busy_seconds(self) -> float:
+        """How long anything was under way so far."""
+        return self._busy + (time.monotonic() - self._busy_since if self._taken else 0.0)
 
     @asynccontextmanager
     async def admitted(self, completions: int) -> AsyncIterator[None]:
@@ -34,6 +45,8 @@ class Admission:
         finally:
             if turn.done() and not turn.cancelled():
                 self._taken -= completions
+                if not self._taken:
+                    self._busy += time.monotonic() - self._busy_since
             elif asked in self._queue:
                 self._queue.remove(asked)
             self._admit()
@@ -46,5 +59,7 @@ class Admission:
                 return
             self._queue.popleft()
             if not turn.cancelled():
+                if not self._taken:
+                    self._busy_since = time.monotonic()
                 self._taken += completions
                 turn.set_result(None)

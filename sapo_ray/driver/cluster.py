@@ -26,9 +26,9 @@ ACTOR_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USA
 def ray_for(spec: JobSpec, weight_bytes: int, logs: Path | None) -> Iterator[None]:
     """Connect to RAY_ADDRESS if it is set, else start a local Ray for this run and end it afterwards.
 
-    `weight_bytes` is the size of published weights. A local Ray gets as many logical CPUs as the job has actors: on a
-    small machine they share the real ones. Its files live in a temporary folder that is removed. The actors write what
-    they print to `logs`, on a cluster too; of a local Ray, its own logs are kept there as well.
+    `weight_bytes` is the size of published weights. A local Ray gets as many logical CPUs as the job may have actors:
+    on a small machine they share the real ones. Its files live in a temporary folder that is removed. The actors write
+    what they print to `logs`, on a cluster too; of a local Ray, its own logs are kept there as well.
     """
     if ray.is_initialized():
         yield
@@ -54,7 +54,7 @@ def ray_for(spec: JobSpec, weight_bytes: int, logs: Path | None) -> Iterator[Non
         session = folder / "r"  # a folder below: Ray opens its own to all users
         try:
             ray.init(
-                num_cpus=max(os.cpu_count() or 1, spec.rollout.workers + spec.learner.ranks + 1),
+                num_cpus=max(os.cpu_count() or 1, spec.rollout.most_workers + spec.learner.ranks + 1),
                 object_store_memory=store,
                 include_dashboard=False,
                 log_to_driver=False,

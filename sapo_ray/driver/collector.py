@@ -12,6 +12,7 @@ does not depend on who died when. Who is to blame:
     a second time                the group is a suspect, as its neighbours may be: suspects are repeated one at a time
     a third time, alone          quarantined
     its own deadline missed      a suspect; the second time quarantined
+    its worker was scaled away   nobody
     no worker is there           nobody: the group waits, as long as whoever waits for it does (deadlines.batch_s,
                                  deadlines.evaluation_s)
 
@@ -32,7 +33,7 @@ from sapo_ray.driver.admission import Admission
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.parts import Ref, Rollouts, Verifiers
 from sapo_ray.driver.pulse import Pulse
-from sapo_ray.errors import NoWorker, ResourceError, WorkerLost
+from sapo_ray.errors import NoWorker, ResourceError, WorkerDrained, WorkerLost
 from sapo_ray.types import (
     CompletionMeta,
     DropReason,
@@ -86,6 +87,14 @@ class Collector:
         self._suspects = asyncio.Lock()
         self._admission = Admission(self._places)
 
+    def room_changed(self) -> None:
+        """Workers came or went: what waits for room may have it now."""
+        self._admission.look()
+
+    def busy_seconds(self) -> float:
+        """How long completions were asked of the workers, of the collector's life so far."""
+        return self._admission.busy_seconds()
+
     def _places(self) -> int:
         """Completions that may be under way at once. Without a worker those of one: they wait where it comes back."""
         return QUEUED_PER_SEQUENCE * max(1, self._rollouts.living()) * self._spec.rollout.max_num_seqs
@@ -96,7 +105,12 @@ class Collector:
         """Sample and grade `samples` completions of `prompt`. `stream` separates seeds of evaluations from training."""
         seeds = [sampling_seed(self._spec.seed, stream + prompt.id, i) for i in range(samples)]
         finished: dict[int, tuple[CompletionMeta, Ref]] = {}
-        losses = misses = lost_payloads = 0
+        losses = misses = drains = lost_payloads = 0
+
+        def reissued(reason: str) -> None:
+            missing = [i for i in range(samples) if i not in finished]
+            self._journal.ledger("reissued", group=prompt.id, missing=missing, delivered=len(finished), reason=reason)
+
         while True:
             try:
                 suspected = misses > 0 or losses > 1
@@ -110,13 +124,16 @@ class Collector:
                 break
             except NoWorker as error:  # its worker is being replaced: whoever waits for this group has a bound too
                 self._journal.ledger("waited", group=prompt.id, reason=str(error))
+            except WorkerDrained as error:
+                drains += 1
+                reissued(str(error))
             except (WorkerLost, TimeoutError) as error:
                 losses += isinstance(error, WorkerLost)
                 misses += not isinstance(error, WorkerLost)
                 reason = (
                     str(error) or f"nothing within rollout.group_deadline_s ({self._spec.rollout.group_deadline_s:g} s)"
                 )
-                self._journal.ledger("reissued", group=prompt.id, delivered=len(finished), reason=reason)
+                reissued(reason)
                 if losses >= MAX_LOSSES or misses >= MAX_MISSES:
                     self._journal.event("condition", condition="Quarantined", group=prompt.id, reason=reason)
                     return self._empty(prompt, losses + misses, DropReason.QUARANTINED)
@@ -130,15 +147,15 @@ class Collector:
                         "are nodes going away, or is the object store too small?"
                     ) from error
                 # The node that held finished samples is gone: everything not yet graded is asked for again.
-                self._journal.ledger("reissued", group=prompt.id, delivered=0, reason="payload lost")
                 finished.clear()
+                reissued("payload lost")
         return GradedGroup(
             prompt=prompt,
             completions=tuple(
                 GradedCompletion(meta=finished[i][0], payload=finished[i][1], grading=gradings[i])
                 for i in range(samples)
             ),
-            reissues=losses + misses,
+            reissues=losses + misses + drains,
         )
 
     async def _generate(

@@ -16,7 +16,8 @@
 
 `max_staleness` is only the number of slots: (max_staleness + 1) batches. With 0, nothing is generated while the learner
 works and every sample is on-policy; with k, generation runs k batches ahead. There is no second loop.
-Orders of a control plane (orders.py) are looked at between the end of one step and the issue for the next.
+Orders of a control plane (orders.py) are looked at between the end of one step and the issue for the next. How many
+workers there are is nothing to the loop: scaling.py adds and removes them beside it.
 
 The driver sees ids, lengths, versions, rewards and refs; tokens and tensors never pass through it.
 """
@@ -48,8 +49,9 @@ from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.pulse import Pulse
 from sapo_ray.driver.rundir import superseded
+from sapo_ray.driver.scaling import LoadMeter, Scaling
 from sapo_ray.driver.state import DriverState, complete_groups, restore_window, save_state
-from sapo_ray.driver.waits import bounded
+from sapo_ray.driver.waits import beside, bounded
 from sapo_ray.errors import Superseded, TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
 
@@ -127,10 +129,22 @@ class Driver:
         self._published: Published | None = None
         self._before: Evaluation | None = None
         self._seconds: Counter[str] = Counter()
+        self._scaling = Scaling(
+            spec=spec,
+            orders=self._orders,
+            rollouts=parts.rollouts,
+            journal=journal,
+            changed=self._collector.room_changed,
+        )
+        self._load = LoadMeter(self._seconds, self._collector, self._intake.window, spec.rollout.prompts_per_step)
         self._evaluation_metrics: dict[str, float] = {}
 
     async def run(self, checkpoint: Path | None) -> Outcome:
         """Train to the last step, from the start or from `checkpoint`; or until an order ends it before that."""
+        async with beside(self._scaling.run(), "scaling"):
+            return await self._run(checkpoint)
+
+    async def _run(self, checkpoint: Path | None) -> Outcome:
         ending: Ending | None
         after, abandoned = None, False
         try:
@@ -162,10 +176,12 @@ class Driver:
         while self._step < self._spec.steps and self._orders.ending != "cancelled":
             self._stop_if_superseded()
             began = time.monotonic()
+            self._load.begin()
             batch = await self._next_batch()
             metrics = await self._train(batch)
             metrics |= await self._publish()
             metrics["seconds/step"] = time.monotonic() - began
+            metrics |= self._scaling.step(self._load.end())
             self._intake.window.release()
             pausing = self._orders.ending == "paused" and self._step < self._spec.steps
             if not pausing:
@@ -319,8 +335,6 @@ class Driver:
         for condition in self._guard.look(self._step, metrics):
             self._journal.event("condition", **condition)
         self._intake.allow(self._guard.ahead)
-        if note := self._orders.scale_deferred(self._spec.rollout.workers):
-            self._journal.event("condition", condition="ScaleDeferred", **note)
         stale = self._intake.drops[DropReason.STALE] / self._spec.rollout.prompts_per_step
         if stale > STALE_RATE_CONDITION:
             self._journal.event("condition", condition="StaleDrops", rate=stale)

@@ -130,7 +130,10 @@ def _job(assignment: Assignment, run_dir: Path) -> tuple[JobSpec, list[str]]:
     Raises:
         ConfigError: the job is wrong, or differs from what the run was begun with in what a resume may not change.
     """
-    spec = resolve(assignment.spec, [f"rollout.workers={assignment.orders.rollout_workers}"], source=assignment.job_id)
+    orders = assignment.orders
+    workers = {"workers": orders.rollout_workers, "min_workers": orders.rollout_min, "max_workers": orders.rollout_max}
+    overrides = [f"rollout.{key}={value}" for key, value in workers.items() if value is not None]
+    spec = resolve(assignment.spec, overrides, source=assignment.job_id)
     spec = spec.model_copy(update={"run_dir": str(run_dir)})
     if not (run_dir / "spec.json").exists():
         return spec, []

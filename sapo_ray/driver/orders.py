@@ -7,7 +7,7 @@
                          checkpoint, which are exported        newest published weights are exported
     cancel, discard      at once                               the same, without export
     checkpoint_request   -                                     a checkpoint after the step under way
-    rollout_workers      -                                     condition ScaleDeferred: the next attempt has them
+    rollout_workers      followed by scaling.py, beside the loop, whatever that is at
 
 Orders arrive on the link's thread; the loop asks for them between two stages. A wait that an order may cut short is
 inside `heeded`.
@@ -20,7 +20,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sapo_ray.api.link import Orders
 from sapo_ray.errors import SapoRayError
@@ -31,6 +31,15 @@ Patience = Callable[[Ending], float | None]
 """Seconds that an order leaves a body to finish in; None: all it needs."""
 CANCEL_S = 30.0
 """What is left to a step under way when its job is cancelled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """Rollout workers: least <= target <= most."""
+
+    least: int
+    most: int
+    target: int
 
 
 class Ended(Exception):
@@ -65,7 +74,6 @@ class StandingOrders:
     def __init__(self, first: Orders | None = None) -> None:
         self._orders = first
         self._served = first.checkpoint_request if first else 0
-        self._told_workers: int | None = None
         self._failure: SapoRayError | None = None
         self.unwanted: SapoRayError | None = None
         """Why the attempt ends as if it were paused though nobody said so."""
@@ -138,18 +146,13 @@ class StandingOrders:
         """A checkpoint that was begun after `request` was seen is visible."""
         self._served = max(self._served, request or 0)
 
-    def scale_deferred(self, workers: int) -> dict[str, Any] | None:
-        """Condition to report, once, about a number of rollout workers other than `workers`, which the attempt has."""
-        wanted = self._orders.rollout_workers if self._orders else workers
-        if wanted == (workers if self._told_workers is None else self._told_workers):
+    def workers(self) -> Wanted | None:
+        """Rollout workers wanted, if a control plane says so."""
+        orders = self._orders
+        if orders is None:
             return None
-        self._told_workers = wanted
-        if wanted == workers:
-            return {"reason": f"{workers} rollout workers are asked for again", "cleared": True}
-        return {
-            "reason": f"{wanted} rollout workers are asked for; this attempt keeps its {workers}, the next one will "
-            f"have {wanted} (pause and resume the job to have them now)"
-        }
+        most = max(orders.rollout_workers, orders.rollout_max or orders.rollout_workers)
+        return Wanted(least=orders.rollout_min, most=most, target=orders.rollout_workers)
 
     @asynccontextmanager
     async def heeded(self, patience: Patience) -> AsyncIterator[None]:

@@ -18,6 +18,7 @@ from sapo_ray.types import (
     Published,
     Takeover,
     TrainSample,
+    WorkerCount,
 )
 
 Ref = Any
@@ -44,11 +45,22 @@ class Rollouts(Protocol):
     async def start(self) -> None: ...
 
     def living(self) -> int:
-        """Workers that sample, or are just taking weights over."""
+        """Workers that sample, or are just taking newer weights over."""
+        ...
+
+    def count(self) -> WorkerCount:
+        """How many workers are wanted, and what those that exist are at."""
+        ...
+
+    def scale(self, workers: int, minimum: int) -> None:
+        """Aim at so many workers, of which `minimum` are what the pool must not fall below. Returns at once."""
         ...
 
     def generate(self, request: GroupRequest) -> AsyncIterator[tuple[CompletionMeta, Ref]]:
-        """Completions as they finish. Raises WorkerLost when the worker dies; what came before stays good."""
+        """Completions as they finish; what came before an error stays good.
+
+        Raises WorkerLost when the worker dies, WorkerDrained when it is scaled away.
+        """
         ...
 
     def push_targets(self) -> list[Any]:

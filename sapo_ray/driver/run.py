@@ -132,9 +132,6 @@ def _journalled(
             by.link.open(journal)
         write_text(run_dir / "result.json", json.dumps(result | {"status": "running"}, indent=1) + "\n")
         journal.event("transition", state="starting", run_dir=str(run_dir), changes=list(changes))
-        if by is not None and "rollout.workers" in changes:
-            workers = f"this attempt has {spec.rollout.workers} rollout workers"
-            journal.event("condition", condition="ScaleDeferred", reason=workers, cleared=True)
         journal.sync_now()
         orders = StandingOrders() if by is None else by.orders
         with pulse_of(spec, journal, None if by is None else by.link.activity) as pulse:
@@ -246,7 +243,8 @@ async def _run(
         try:
             async with orders.heeded(orders.start_patience(has_checkpoint=checkpoint is not None)):
                 with pulse.at("learner", "start", "starting"):
-                    await start_together(rollouts.start(), verifiers.start(), learner.start())
+                    # The learner asks for its room first: rollout workers do with what is left.
+                    await start_together(learner.start(), verifiers.start(), rollouts.start())
                 await parts.learner.set_canary(inputs.canary)
             started = time.monotonic() - began
             journal.event("transition", state="running", attempt_seconds=round(started, 1))

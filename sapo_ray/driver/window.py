@@ -48,6 +48,10 @@ class Window:
         """Entries not yet in a batch, in issue order."""
         return list(self._waiting)
 
+    def complete(self) -> int:
+        """Groups that could be in a batch now."""
+        return sum(entry.task.done() for entry in self._waiting)
+
     def first(self) -> Entry:
         """The waiting entry that was issued first."""
         return self._waiting[0]

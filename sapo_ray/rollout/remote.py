@@ -15,10 +15,12 @@ from typing import Any, TypeVar, cast
 import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.diagnosis.vitals import Activity
-from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerLost
+from sapo_ray.errors import DeadlineExceeded, SapoRayError, WorkerDrained, WorkerLost
 from sapo_ray.placement import label_selector
 from sapo_ray.rollout.engine import actor_environment
 from sapo_ray.rollout.worker import RolloutWorker
@@ -30,12 +32,15 @@ STOP_S = 30.0
 HEARTBEAT_S = 10.0
 SILENCE_S = 60.0
 """A worker that does not answer its heartbeat for so long is lost."""
+RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
 _CONCURRENT_CALLS = 4096  # groups in flight on one worker, and then some
 
 
 class WorkerState(StrEnum):
-    """`ready` workers may be sampled from once they hold attested weights; `lost` and `stopped` are ends."""
+    """`pending` ones have no room in the cluster; `ready` ones may be sampled from once they hold attested weights;
+    `lost` and `stopped` are ends."""
 
+    PENDING = "pending"
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
@@ -54,6 +59,7 @@ class WorkerInfo:
     in_flight: int
     """Completions it is sampling or will sample."""
     pid: int | None
+    """Of the actor; None until it is started."""
     engine_pids: tuple[int, ...]
     address: str | None
     actor: Any
@@ -63,9 +69,8 @@ def ray_remote_args(spec: JobSpec, gpus: bool) -> dict[str, Any]:
     """Options of a rollout actor: GPUs by `rollout.tensor_parallel` where the cluster has any, else one logical CPU."""
     # With ipc a learner rank has the other half of the GPU.
     share = 0.5 if spec.transport == "ipc" else spec.rollout.tensor_parallel
-    resources = {"num_gpus": share} if gpus else {"num_cpus": 1}
+    resources = {"num_cpus": 0, "num_gpus": share} if gpus else {"num_cpus": 1, "num_gpus": 0}
     return resources | {
-        "label_selector": label_selector("rollout"),
         "max_concurrency": _CONCURRENT_CALLS,
         "max_restarts": 0,
         "runtime_env": {"env_vars": actor_environment(spec, gpus)},
@@ -80,13 +85,18 @@ class RemoteWorker:
         self.state = WorkerState.STARTING
         self.takeover: Takeover | None = None
         self.in_flight = 0
+        self.recalled = False
         self.bringing = asyncio.Lock()
         self.bringing_since = 0.0
         """When the takeover under way began; the loop's clock, as below."""
         self.last_progress = asyncio.get_running_loop().time()
+        self.actor: Any = None
+        self._arguments = (spec, model_path, worker_id)
         self._asked = ray_remote_args(spec, gpus)
+        self._room: PlacementGroup | None = None
         self._keys = itertools.count()
-        self.actor = ray.remote(RolloutWorker).options(**self._asked).remote(spec, model_path, worker_id)
+        self._waits: set[asyncio.Timeout] = set()
+        """Of completions, those that are under way."""
         self._info: dict[str, Any] = {}
         self._processes: list[psutil.Process] = []
 
@@ -119,8 +129,25 @@ class RemoteWorker:
         at = time.time() - (asyncio.get_running_loop().time() - since)
         return Activity(name=self.id, kind=kind, task=task, since=at, progress=at)
 
+    async def placed(self, wait_s: float) -> bool:
+        """Whether the cluster has room for the worker, which is kept for it; waits for that no longer than this."""
+        if self._room is None:
+            bundle = {name: float(self._asked[key]) for key, name in RESOURCES.items() if self._asked[key]}
+            where = label_selector("rollout")
+            self._room = placement_group([bundle], bundle_label_selector=[where] if where else None)
+        try:
+            return await asyncio.to_thread(self._room.wait, wait_s)
+        except Exception:
+            if self.state in (WorkerState.LOST, WorkerState.STOPPED):  # the room was given back meanwhile
+                return False
+            raise
+
     async def start(self, noise: Takeover | None, deadline_s: float) -> None:
-        """Load the model; the error carries the actor's own traceback."""
+        """Load the model, in the room that `placed` found; the error carries the actor's own traceback."""
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._room, placement_group_bundle_index=0)
+        options = self._asked | {"scheduling_strategy": strategy}
+        self.last_progress = asyncio.get_running_loop().time()
+        self.actor = ray.remote(RolloutWorker).options(**options).remote(*self._arguments)
         try:
             self._info = await self._call(self.actor.start.remote(noise), deadline_s, "start (deadlines.start_s)")
         except DeadlineExceeded as error:
@@ -185,28 +212,49 @@ class RemoteWorker:
     async def _until(
         self, metas: Awaitable[tuple[CompletionMeta, ...]], deadline: float, request: GroupRequest
     ) -> tuple[CompletionMeta, ...]:
+        scope = asyncio.timeout_at(deadline)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with scope:
+                self._waits.add(scope)
+                if self.recalled:
+                    scope.reschedule(asyncio.get_running_loop().time())
                 return await metas
         except TimeoutError:
+            if self.recalled:
+                raise WorkerDrained(f"{self.id} was scaled away before group {request.group_id} was finished") from None
             raise DeadlineExceeded(
                 f"{self.id} did not finish group {request.group_id} in time (rollout.group_deadline_s)"
             ) from None
         except RayError as error:
+            if self.recalled:
+                raise WorkerDrained(f"{self.id} was scaled away before group {request.group_id} was finished") from None
             raise self._translated(error, f"sample group {request.group_id}") from None
+        finally:
+            self._waits.discard(scope)
+
+    def recall(self) -> int:
+        """Take back what is being sampled: each caller of `generate` gets WorkerDrained. Returns the number."""
+        self.recalled = True
+        now = asyncio.get_running_loop().time()
+        for scope in self._waits:
+            if not scope.expired():
+                scope.reschedule(now)
+        return self.in_flight
 
     async def stop(self) -> None:
         """End the actor and its engine, politely if it answers."""
-        ready = self.state in (WorkerState.READY, WorkerState.DRAINING)
         self.state = WorkerState.STOPPED
-        if ready:
+        if self._info:  # it is up
             with suppress(SapoRayError):  # it is killed next, which is all that is left to do
                 await self._call(self.actor.stop.remote(), STOP_S, "stop")
         await self.kill()
 
     async def kill(self) -> None:
         """End the actor, and see to it that no process of it is left on this host."""
-        ray.kill(self.actor, no_restart=True)
+        if self.actor is not None:
+            ray.kill(self.actor, no_restart=True)
+        if self._room is not None:
+            remove_placement_group(self._room)
         _, alive = await asyncio.to_thread(psutil.wait_procs, self._processes, 5)
         for process in alive:
             with suppress(psutil.NoSuchProcess):  # it ended by itself a moment ago

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
-from api_parts import brought_to, deliver, problem, started, submitted
+from api_parts import QUICKSTART, brought_to, deliver, problem, started, submitted
 from starlette.testclient import TestClient
 
 from sapo_ray.api.jobs import State
@@ -70,10 +70,12 @@ def test_the_driver_hears_what_the_user_wants(acme: TestClient, store: Store) ->
     job_id = submitted(acme)
     token = started(store, job_id)
     assert deliver(acme, job_id, token, 1, {"kind": "transition", "state": "running"}).json()["orders"] == {
-        "state": "run", "discard": False, "rollout_workers": 2, "checkpoint_request": 0, "generation": 1,
+        "state": "run", "discard": False, "rollout_workers": 2, "rollout_min": 1, "rollout_max": 2,
+        "checkpoint_request": 0, "generation": 1,
     }  # fmt: skip
-    acme.put(f"/v1/jobs/{job_id}/scale", json={"min": 1, "max": 8, "target": 5})
-    assert deliver(acme, job_id, token, 2).json()["orders"]["rollout_workers"] == 5
+    acme.put(f"/v1/jobs/{job_id}/scale", json={"min": 2, "max": 8, "target": 5})
+    scaled = deliver(acme, job_id, token, 2).json()["orders"]
+    assert [scaled[name] for name in ("rollout_min", "rollout_max", "rollout_workers")] == [2, 8, 5]
     acme.post(f"/v1/jobs/{job_id}:pause")
     assert deliver(acme, job_id, token, 2).json()["orders"]["state"] == "pause"
     deliver(acme, job_id, token, 2, {"kind": "transition", "state": "paused", "reason": "as asked"})
@@ -88,7 +90,8 @@ def test_cancel_with_discard_reaches_the_driver_and_may_be_added_later(acme: Tes
     token = started(store, job_id)
     acme.post(f"/v1/jobs/{job_id}:cancel")
     assert deliver(acme, job_id, token, 1).json()["orders"] | {"generation": 0} == {
-        "state": "cancel", "discard": False, "rollout_workers": 2, "checkpoint_request": 0, "generation": 0,
+        "state": "cancel", "discard": False, "rollout_workers": 2, "rollout_min": 1, "rollout_max": 2,
+        "checkpoint_request": 0, "generation": 0,
     }  # fmt: skip
     assert acme.post(f"/v1/jobs/{job_id}:cancel?discard=true").json()["desired"]["discard"] is True
     assert deliver(acme, job_id, token, 1).json()["orders"]["discard"] is True
@@ -97,11 +100,26 @@ def test_cancel_with_discard_reaches_the_driver_and_may_be_added_later(acme: Tes
 def test_scaling_is_bounded_by_itself_and_ends_with_the_job(acme: TestClient) -> None:
     job_id = submitted(acme)
     path = f"/v1/jobs/{job_id}/scale"
-    assert acme.put(path, json={"min": 1, "max": 8, "target": 4}).json() == {"min": 1, "max": 8, "target": 4}
-    assert acme.get(path).json() == {"min": 1, "max": 8, "target": 4}
+    nobody_counts = {"min": 1, "max": 8, "target": 4, "observed": None}
+    assert acme.put(path, json={"min": 1, "max": 8, "target": 4}).json() == nobody_counts
+    assert acme.get(path).json() == nobody_counts
     assert acme.put(path, json={"min": 1, "max": 8, "target": 4}).headers["ETag"] == '"g2"'
-    for wrong in ({"min": 5, "max": 8, "target": 4}, {"min": 1, "max": 3, "target": 4}):
-        assert problem(acme.put(path, json=wrong), 422, "invalid_request")["param"] == "target"
+    for wrong, param, says in (
+        (
+            {"min": 5, "max": 8, "target": 4},
+            "target",
+            "between min (5) and max (8), got 4; change it, or give another min",
+        ),
+        (
+            {"min": 1, "max": 3, "target": 4},
+            "target",
+            "between min (1) and max (3), got 4; change it, or give another max",
+        ),
+        ({"min": 5, "max": 3, "target": 4}, "min", "min must be at most max (3), got 5; lower min or raise max"),
+    ):
+        refused = problem(acme.put(path, json=wrong), 422, "invalid_request")
+        assert refused["param"] == param
+        assert says in str(refused)
     for wrong in ({"min": 0, "max": 8, "target": 4}, {"min": 1, "max": 10**6, "target": 4}, {"target": 4}):
         problem(acme.put(path, json=wrong), 422, "invalid_request")
     acme.post(f"/v1/jobs/{job_id}:cancel")
@@ -109,6 +127,28 @@ def test_scaling_is_bounded_by_itself_and_ends_with_the_job(acme: TestClient) ->
         problem(acme.put(path, json={"min": 1, "max": 1, "target": 1}), 409, "illegal_transition")["state"]
         == "cancelled"
     )
+
+
+def test_scale_shows_what_the_driver_counts_while_there_is_one(acme: TestClient, store: Store) -> None:
+    job_id = submitted(acme)
+    token = started(store, job_id)
+    counted = {"wanted": 3, "ready": 1, "starting": 1, "pending": 1, "draining": 0, "given_up": 0}
+    short = {"kind": "condition", "condition": "NoCapacity", "reason": "no room for 1 of 3 rollout workers"}
+    running = {"kind": "transition", "state": "running"}
+    deliver(acme, job_id, token, 1, running, {"kind": "workers", **counted}, short)
+    assert acme.get(f"/v1/jobs/{job_id}/scale").json()["observed"] == counted
+    status = acme.get(f"/v1/jobs/{job_id}").json()["status"]
+    assert status["summary"]["workers"] == 1
+    assert [one["type"] for one in status["conditions"]] == ["NoCapacity"]
+    deliver(acme, job_id, token, 4, {"kind": "transition", "state": "interrupted", "reason": "gone"})
+    assert acme.get(f"/v1/jobs/{job_id}/scale").json()["observed"] is None
+    assert acme.get(f"/v1/jobs/{job_id}").json()["status"]["conditions"] == []
+
+
+def test_a_job_begins_with_the_bounds_of_its_spec(acme: TestClient) -> None:
+    spec = QUICKSTART["spec"] | {"rollout": {"workers": 2, "min_workers": 2, "max_workers": 6}}
+    job_id = submitted(acme, spec=spec)
+    assert acme.get(f"/v1/jobs/{job_id}/scale").json() == {"min": 2, "max": 6, "target": 2, "observed": None}
 
 
 def test_workers_are_those_of_the_newest_attempt_as_last_reported(acme: TestClient, store: Store) -> None:

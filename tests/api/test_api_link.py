@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,24 @@ def test_a_job_whose_secret_was_taken_away_fails_with_the_reason_before_it_has_l
     assert [one["data"]["state"] for one in client.get(f"/v1/jobs/{job_id}/events?kind=transition").json()["data"]] == [
         "queued", "starting", "failed",
     ]  # fmt: skip
+
+
+def test_a_driver_asks_again_while_the_storage_of_secrets_does_not_answer(
+    connect: Connect, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path / "secrets", "default", "HF_TOKEN", "h-456")
+    client = connect(secrets_dir=tmp_path / "secrets")
+    job_id = submitted(client, spec=QUICKSTART["spec"] | {"secrets": ["HF_TOKEN"]})
+    token = started(store, job_id)
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "scandir", fails)
+        problem(assignment(client, job_id, token), 503, "unavailable")
+    assert client.get(f"/v1/jobs/{job_id}").json()["status"]["state"] == "starting"
+    assert assignment(client, job_id, token).json()["secrets"] == {"HF_TOKEN": "h-456"}
 
 
 def test_a_job_that_has_learned_something_is_paused_and_goes_on_once_its_secret_is_back(

@@ -16,9 +16,10 @@ from sapo_ray.models.builtin import make_addition_model
 @pytest.fixture(autouse=True)
 def every_run_is_audited(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test does to a run: nothing is lost, doubled, too old, or under weights that nobody took over."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None  # before it is gone
     yield
-    if "tmp_path" in request.fixturenames:
-        for journal in request.getfixturevalue("tmp_path").rglob("journal.jsonl"):
+    if folder is not None:
+        for journal in folder.rglob("journal.jsonl"):
             assert audit(journal.parent).findings == [], journal
 
 

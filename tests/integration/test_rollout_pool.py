@@ -426,7 +426,7 @@ async def test_a_worker_that_cannot_start_says_why(cluster: Cluster, tmp_path: P
 
 async def test_closing_the_pool_leaves_no_process_even_of_a_worker_that_is_starting(cluster: Cluster) -> None:
     workers = await cluster.healthy()
-    await cluster.pool.scale(3)
+    cluster.pool.scale(3, 1)
     children: set[int] = set()
     async with asyncio.timeout(120):
         while len(children) < 2:  # the starting actor, and its engine

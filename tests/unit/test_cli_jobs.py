@@ -298,6 +298,14 @@ def test_scaling_sends_bounds_that_hold_the_target(service: Service) -> None:
     assert invoke(service, "scale", JOB_ID).stdout == "2 rollout workers wanted, of 1 to 2\n"
 
 
+def test_scaling_shows_how_many_workers_there_are(service: Service) -> None:
+    counted = {"wanted": 3, "ready": 0, "starting": 2, "pending": 1, "draining": 0, "given_up": 0}
+    service.on(f"GET {ONE}/scale", reply({"min": 1, "max": 4, "target": 3, "observed": counted}))
+    assert invoke(service, "scale", JOB_ID).stdout == (
+        "3 rollout workers wanted, of 1 to 4; the driver aims at 3: 0 ready, 2 starting, 1 pending\n"
+    )
+
+
 def test_samples_are_of_the_newest_step(service: Service) -> None:
     service.on(f"GET {ONE}", reply(job(step=7)))
     row = {"step": 7, "group": "g", "i": 0, "prompt": "1+1=", "completion": "[b]2", "gold": "2", "verdict": "correct"}

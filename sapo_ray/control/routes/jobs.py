@@ -11,6 +11,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from sapo_ray.api.jobs import Job, Labels, Scale, State, Whole, Wire
+from sapo_ray.config.sections import RolloutSpec
 from sapo_ray.control import body, quotas, specs, views
 from sapo_ray.control.access import Reader, Submitter
 from sapo_ray.control.documents import ETAG, MADE, changing, json_body, keyed
@@ -90,7 +91,7 @@ def submit(
     """Check a job and put it into the queue. Every problem of the spec is reported at once."""
     if dry_run:
         spec = specs.checked(control, caller, submission.spec)
-        checked = views.Checked(spec=spec.model_dump(mode="json"), scale=Scale(**_scale(spec.rollout.workers)))
+        checked = views.Checked(spec=spec.model_dump(mode="json"), scale=_scale(spec.rollout))
         return respond(checked)
     found: list[Any] = []
 
@@ -101,7 +102,7 @@ def submit(
         quotas.check_queue(session, caller.tenant, control.settings)
         spec = found[0]
         specs.hold_datasets(session, caller.tenant, spec)
-        scale = _scale(spec.rollout.workers)
+        scale = _scale(spec.rollout)
         row = jobs.create_job(
             session,
             tenant=caller.tenant,
@@ -110,7 +111,7 @@ def submit(
             steps=spec.steps,
             priority=submission.priority,
             labels=submission.labels,
-            scale=(scale["min"], scale["max"], scale["target"]),
+            scale=(scale.min, scale.max, scale.target),
             runs_root=control.settings.runs_dir,
         )
         return job_answer(session, row, 201)
@@ -118,9 +119,9 @@ def submit(
     return once(control, caller, key, ("POST", "/v1/jobs", submission.model_dump(mode="json")), work, prepare)
 
 
-def _scale(workers: int) -> dict[str, int]:
-    """A job begins with the workers of its spec, and goes on with one if it must."""
-    return {"min": 1, "max": workers, "target": workers}
+def _scale(rollout: RolloutSpec) -> Scale:
+    """What a job begins with."""
+    return Scale(min=rollout.min_workers, max=rollout.most_workers, target=rollout.workers)
 
 
 @router.get(

@@ -120,6 +120,8 @@ def _assigned(control: Control, driver: tuple[str, int]) -> Response:
         try:
             spec, secrets = launch.what_to_run(session, row, control.settings)
         except Refused as refusal:
+            if refusal.status_code >= 500:  # it cannot be told now; the driver asks again
+                raise
             refused = refusal
         else:
             orders = _orders(row)
@@ -150,6 +152,8 @@ def _orders(row: JobRow) -> Orders:
         state=row.desired_state,  # type: ignore[arg-type]
         discard=row.discard,
         rollout_workers=row.scale_target,
+        rollout_min=row.scale_min,
+        rollout_max=row.scale_max,
         checkpoint_request=row.checkpoint_request,
         generation=row.generation,
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 from pydantic import Field
 
-from sapo_ray.api.jobs import TERMINAL, Scale, Wire
+from sapo_ray.api.jobs import TERMINAL, Scale, ScaleState, Wire
 from sapo_ray.control import body, views
 from sapo_ray.control.access import Reader, Submitter
 from sapo_ray.control.documents import ETAG, changing, json_body, keyed
@@ -47,22 +47,25 @@ class WorkerList(views.Page):
 @router.get(
     "/{job_id:segment}/scale",
     operation_id="get_scale",
-    summary="Rollout workers wanted",
-    response_model=Scale,
-    responses={200: {"description": "How many are wanted.", "headers": ETAG}, **keyed(404)},
+    summary="Rollout workers wanted and observed",
+    response_model=ScaleState,
+    responses={200: {"description": "How many are wanted, and how many there are.", "headers": ETAG}, **keyed(404)},
 )
 def get_scale(caller: Reader, control: The, job_id: JobId) -> Response:
-    """`status.summary.workers` of the job tells how many there are."""
+    """What the job's user wants of it beside what its driver counts."""
     row = peek(control, caller, job_id)
-    return respond(views.scale(row), headers={"ETag": body.etag(row.generation)})
+    return respond(views.scale_state(row), headers={"ETag": body.etag(row.generation)})
 
 
 @router.put(
     "/{job_id:segment}/scale",
     operation_id="set_scale",
     summary="Want more or fewer rollout workers",
-    response_model=Scale,
-    responses={200: {"description": "How many are wanted now.", "headers": ETAG}, **changing(404, 409, 412)},
+    response_model=ScaleState,
+    responses={
+        200: {"description": "How many are wanted now, and how many there are.", "headers": ETAG},
+        **changing(404, 409, 412),
+    },
     openapi_extra=json_body(Scale, {"four": {"min": 1, "max": 8, "target": 4}}),
 )
 def set_scale(
@@ -72,14 +75,12 @@ def set_scale(
     wanted: Annotated[Scale, Depends(body.body_of(Scale))],
     expected: IfMatch,
 ) -> Response:
-    """The driver hears of it with its next report. min <= target <= max.
+    """min <= target <= max. The driver hears of it with its next report, a few seconds later, and adds or drains
+    workers while the learner trains on. min and max also bound what `rollout.autoscale` chooses.
 
     Without If-Match the last one who writes wins, all three numbers at once; with it nothing that somebody else
     changed is undone (the client and the command line do so)."""
-    if not wanted.min <= wanted.target <= wanted.max:
-        raise invalid(
-            f"min <= target <= max is needed, got min {wanted.min}, target {wanted.target}, max {wanted.max}", "target"
-        )
+    _check(wanted)
     with control.store.begin() as session:
         row = find(session, caller, job_id, lock=True)
         body.check_match(expected, row.generation)
@@ -89,7 +90,19 @@ def set_scale(
             row.scale_min, row.scale_max, row.scale_target = wanted.min, wanted.max, wanted.target
             jobs.bump(row)
             events.append_control_event(session, row, "scale", **wanted.model_dump())
-        return respond(wanted, headers={"ETag": body.etag(row.generation)})
+        return respond(views.scale_state(row), headers={"ETag": body.etag(row.generation)})
+
+
+def _check(wanted: Scale) -> None:
+    if wanted.min > wanted.max:
+        raise invalid(f"min must be at most max ({wanted.max}), got {wanted.min}; lower min or raise max", "min")
+    if not wanted.min <= wanted.target <= wanted.max:
+        bound = "min" if wanted.target < wanted.min else "max"
+        raise invalid(
+            f"target must be between min ({wanted.min}) and max ({wanted.max}), got {wanted.target}; change it, or "
+            f"give another {bound} with it",
+            "target",
+        )
 
 
 @router.get(

@@ -59,6 +59,9 @@ TRANSITIONS: dict[str, dict[str, str]] = {
 MAX_REASON = 2000
 MAX_CONDITIONS = 32
 MAX_INT = 2**31 - 1
+WORKERS = ("wanted", "ready", "starting", "pending", "draining", "given_up")
+OF_WORKERS = {"ScaleInProgress", "NoCapacity", "BelowTarget", "BelowMinimum"}
+"""Conditions about a driver's rollout workers."""
 SUMMARY_METRICS = {
     "reward": "reward/mean",
     "tokens_per_second": "rollout/tokens_per_second",
@@ -105,6 +108,8 @@ def apply(row: JobRow, event: Mapping[str, Any], *, at: float) -> Transition | N
             _evaluation(row, event)
         case "condition":
             _condition(row, event, at)
+        case "workers":
+            _workers(row, event)
         case "rollback":
             row.step = _count(event.get("to_step"), row.step)
             row.summary = row.summary | {"version": f"{row.attempt}.{row.step}"}
@@ -127,14 +132,28 @@ def _transition(row: JobRow, event: Mapping[str, Any], at: float) -> Transition 
     said = event.get("state")
     if not isinstance(said, str):
         return None
-    if said == "starting":  # advice is given anew by every attempt
-        row.conditions = [condition for condition in row.conditions if condition["type"] != "Advice"]
+    if said in ("starting", "succeeded", *ENDS):
+        _forget(row, said)
     state = target(row, said)
     if state is None:
         return None
     if state in TERMINAL and isinstance(event.get("result"), dict):
         row.result = event["result"]
     return enter(row, state, _reason(event, said, state), at)
+
+
+def _forget(row: JobRow, said: str) -> None:
+    """Drop what was true of a driver's workers, which are no more; advice is given anew by every attempt."""
+    gone = OF_WORKERS | ({"Advice"} if said == "starting" else set())
+    row.conditions = [condition for condition in row.conditions if condition["type"] not in gone]
+    row.summary = {name: value for name, value in row.summary.items() if name != "observed_workers"}
+
+
+def _workers(row: JobRow, event: Mapping[str, Any]) -> None:
+    row.summary = row.summary | {
+        "observed_workers": {name: _count(event.get(name), 0) for name in WORKERS},
+        "workers": _count(event.get("ready"), 0),
+    }
 
 
 def _reason(event: Mapping[str, Any], said: str, state: str) -> str:

@@ -170,7 +170,7 @@ def test_all_problems_are_listed_at_once():
             "rollout",
             "workers",
             0,
-            "rollout.workers must be >= 1, got 0; Rollout actors, each with an engine of its own.",
+            "rollout.workers must be >= 1, got 0; Rollout actors to begin with, each with an engine of its own.",
         ),
         ("rollout", "workers", True, "rollout.workers must be a whole number >= 1, got True; "),
         ("rollout", "workers", 1.5, "rollout.workers must be a whole number >= 1, got 1.5; "),

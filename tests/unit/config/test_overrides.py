@@ -90,7 +90,7 @@ def test_the_mapping_given_is_left_as_it_was():
             "data.train is a list of 1; after it comes a number from 0 to 1 (1 adds an entry), got 'x'",
         ),
         ("data.train.2.path=a", "after it comes a number from 0 to 1 (1 adds an entry), got '2'"),
-        ("rollout=4", "rollout must hold keys (workers, prompts_per_step, group_size, max_new_tokens, ...), got 4"),
+        ("rollout=4", "rollout must hold keys (workers, min_workers, max_workers, drain_timeout_s, ...), got 4"),
     ],
 )
 def test_a_wrong_override_is_refused_by_its_name(override: str, message: str):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from sapo_ray.control.problems import Refused
 from sapo_ray.control.tenant_secrets import Unusable, names, value, values
 
 
@@ -64,6 +67,21 @@ def test_only_files_named_like_environment_variables_are_secrets(folder: Path) -
     for name in ("lower", "../acme/HF_TOKEN", "FOLDER", "DANGLING", ""):
         with pytest.raises(Unusable):
             value(folder, "acme", name)
+
+
+def test_storage_that_does_not_answer_is_told_from_a_secret_that_is_not_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    (folder / "acme" / "TOKEN").write_text("v")
+    monkeypatch.setattr(os, "scandir", fails)
+    monkeypatch.setattr("builtins.open", fails)
+    for ask in (lambda: names(folder, "acme"), lambda: value(folder, "acme", "TOKEN")):
+        with pytest.raises(Refused, match=r"secrets cannot be read \(Stale file handle\)") as caught:
+            ask()
+        assert caught.value.status_code == 503
 
 
 @pytest.mark.parametrize("tenant", ["rival", "..", ".", "acme/../acme", "/etc"])

@@ -35,6 +35,7 @@ from sapo_ray.types import (
     Verdict,
     VersionSpan,
     WeightsManifest,
+    WorkerCount,
 )
 
 
@@ -89,6 +90,8 @@ class FakeRollouts:
     hang: set[str] = field(default_factory=set)
     learner: Any = None
     workers: int = 1
+    scaled: list[tuple[int, int]] = field(default_factory=list)
+    """(workers, minimum) of each call."""
     slowness: float = 0.003
     """Longest time of one completion, seconds."""
     under_way: int = 0
@@ -103,6 +106,22 @@ class FakeRollouts:
 
     def living(self) -> int:
         return self.workers
+
+    def count(self) -> WorkerCount:
+        return WorkerCount(
+            wanted=self.workers,
+            ready=self.workers,
+            starting=0,
+            pending=0,
+            draining=0,
+            given_up=0,
+            asked="",
+            last_loss="",
+        )
+
+    def scale(self, workers: int, minimum: int) -> None:
+        self.workers = workers
+        self.scaled.append((workers, minimum))
 
     def push_targets(self) -> list[Any]:
         return []

@@ -1,4 +1,4 @@
-"""What the loop does when it is told to pause, to end, to checkpoint or to have other workers."""
+"""What the loop does when it is told to pause, to end or to checkpoint."""
 
 from __future__ import annotations
 
@@ -150,16 +150,6 @@ async def test_a_requested_checkpoint_is_made_once_after_the_step_under_way(tmp_
     first = bench(tmp_path, spec, at2=order(checkpoint_request=1), at4=order(checkpoint_request=1))
     await first.attempt()
     assert [record["step"] for record in first.journal("checkpoint")] == [2, 5], "as asked, and the last"
-
-
-async def test_another_number_of_workers_is_deferred_and_said_once(tmp_path: Path) -> None:
-    spec = job(steps=6)
-    asked = {"at2": order(rollout_workers=4), "at3": order(rollout_workers=4), "at5": order(rollout_workers=1)}
-    first = bench(tmp_path, spec, **asked)
-    await first.attempt()
-    deferred = [record for record in first.journal("condition") if record["condition"] == "ScaleDeferred"]
-    assert [record.get("cleared", False) for record in deferred] == [False, True]
-    assert deferred[0]["reason"].startswith("4 rollout workers are asked for; this attempt keeps its 1, the next one")
 
 
 async def test_a_run_that_another_attempt_took_over_ends_in_mid_step(tmp_path: Path) -> None:

@@ -62,10 +62,12 @@ def test_with_ipc_worker_and_learner_share_a_gpu() -> None:
 def test_an_actor_asks_for_gpus_where_there_are_any() -> None:
     spec = job(rollout={"tensor_parallel": 2})
     assert {key: value for key, value in ray_remote_args(spec, True).items() if key.startswith("num")} == {
-        "num_gpus": 2
+        "num_cpus": 0,
+        "num_gpus": 2,
     }
     assert {key: value for key, value in ray_remote_args(spec, False).items() if key.startswith("num")} == {
-        "num_cpus": 1
+        "num_cpus": 1,
+        "num_gpus": 0,
     }
 
 

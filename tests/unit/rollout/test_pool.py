@@ -11,9 +11,16 @@ import psutil
 import pytest
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.errors import NoWorker, ResourceError, TrainingFailed, WeightsRefused, WorkerLost
-from sapo_ray.rollout import pool as pools
-from sapo_ray.rollout import remote, replacements
+from sapo_ray.errors import (
+    DeadlineExceeded,
+    NoWorker,
+    ResourceError,
+    TrainingFailed,
+    WeightsRefused,
+    WorkerDrained,
+    WorkerLost,
+)
+from sapo_ray.rollout import membership, remote, replacements
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.rollout.remote import RemoteWorker, WorkerState
 from sapo_ray.types import (
@@ -35,13 +42,15 @@ class FakeWorker(RemoteWorker):
     made: list[FakeWorker]
     cannot_start: set[str]
     refuses: dict[str, int]
+    room: int
+    """Slots that the cluster has room for."""
 
     def __init__(self, spec: JobSpec, model_path: str, worker_id: str, slot: int, gpus: bool) -> None:
         self.id, self.slot, self.state = worker_id, slot, WorkerState.STARTING
         self.takeover: Takeover | None = None
-        self.in_flight, self.bringing = 0, asyncio.Lock()
+        self.in_flight, self.recalled, self.bringing = 0, False, asyncio.Lock()
         self.last_progress = asyncio.get_running_loop().time()
-        self.actor, self._info = worker_id, {}
+        self.actor, self._info, self._waits, self._room = worker_id, {}, set(), None
         self.broken: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.go = asyncio.Event()
         self.go.set()
@@ -50,6 +59,10 @@ class FakeWorker(RemoteWorker):
         self.sampled: list[str] = []
         self.took: list[int] = []
         self.made.append(self)
+
+    async def placed(self, wait_s: float) -> bool:
+        await asyncio.sleep(0)
+        return self.room > self.slot
 
     async def start(self, noise: Takeover | None, deadline_s: float) -> None:
         self.noise = noise
@@ -77,6 +90,8 @@ class FakeWorker(RemoteWorker):
             await self.go.wait()
             if self.broken.done():
                 raise WorkerLost(f"{self.id} died")
+            if self.recalled:
+                raise WorkerDrained(f"{self.id} was scaled away")
             span = VersionSpan(version=self.takeover.version, start=0, end=1)
             meta = CompletionMeta(
                 group_id=request.group_id,
@@ -91,6 +106,10 @@ class FakeWorker(RemoteWorker):
             self.sampled.append(request.group_id)
             yield meta, object()
 
+    def recall(self) -> int:
+        self.go.set()
+        return super().recall()
+
     async def stop(self) -> None:
         self.state, self.ended = WorkerState.STOPPED, "stopped"
 
@@ -100,9 +119,9 @@ class FakeWorker(RemoteWorker):
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeWorker.made, FakeWorker.cannot_start, FakeWorker.refuses = [], set(), {}
-    monkeypatch.setattr(pools, "RemoteWorker", FakeWorker)
-    monkeypatch.setattr(pools.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    FakeWorker.made, FakeWorker.cannot_start, FakeWorker.refuses, FakeWorker.room = [], set(), {}, 100
+    monkeypatch.setattr(membership, "RemoteWorker", FakeWorker)
+    monkeypatch.setattr(membership.ray, "cluster_resources", lambda: {"CPU": 4.0})
 
 
 def pool_of(workers: int, **rollout: Any) -> RolloutPool:
@@ -258,9 +277,12 @@ async def test_a_worker_is_replaced_three_times_an_hour_and_then_the_pool_says_w
         FakeWorker.made[number].broken.set_result(WorkerLost(f"death {number}"))
         await settled(pool)
     assert [worker.id for worker in FakeWorker.made] == ["rollout-0", "rollout-0.1", "rollout-0.2", "rollout-0.3"]
-    with pytest.raises(TrainingFailed, match="no rollout worker is left; the last one: death 3"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"0 of at least 1 rollout workers .* are left: slot 0 was lost 4 times .*; the last one: death 3",
+    ):
         await sampled_by(pool, "a")
-    with pytest.raises(TrainingFailed, match="no rollout worker is left"):
+    with pytest.raises(TrainingFailed, match=r"rollout workers .* are left"):
         await pool.update(published(1))
     assert events_of(pool)[-2:] == [("worker_not_replaced", "rollout-0.3"), ("pool_failed", "rollout pool")]
     await pool.close()
@@ -343,7 +365,7 @@ async def test_scaling_up_starts_workers_and_scaling_down_lets_them_finish() -> 
     pool = pool_of(1)
     await pool.start()
     await pool.update(published(0))
-    await pool.scale(3)
+    pool.scale(3, 1)
     await settled(pool)
     assert {w.id: w.version for w in pool.workers()} == dict.fromkeys(
         ("rollout-0", "rollout-1", "rollout-2"), PolicyVersion(1, 0)
@@ -353,7 +375,7 @@ async def test_scaling_up_starts_workers_and_scaling_down_lets_them_finish() -> 
     draining.go.clear()
     last = asyncio.create_task(sampled_by(pool, "last"))
     await settled(pool)
-    await pool.scale(2)
+    pool.scale(2, 1)
     await settled(pool)
     assert (draining.state, draining.ended) == (WorkerState.DRAINING, "")
     draining.go.set()
@@ -361,6 +383,140 @@ async def test_scaling_up_starts_workers_and_scaling_down_lets_them_finish() -> 
     await settled(pool)
     assert draining.ended == "stopped"
     assert [w.id for w in pool.workers()] == ["rollout-0", "rollout-1"]
+    await pool.close()
+
+
+async def drained(pool: RolloutPool) -> tuple[FakeWorker, asyncio.Task[str]]:
+    """rollout-1 of two is draining, with a group under way."""
+    await pool.start()
+    await pool.update(published(0))
+    first, second = FakeWorker.made
+    first.in_flight = 1
+    second.go.clear()
+    running = asyncio.create_task(sampled_by(pool, "running"))
+    await settled(pool)
+    first.in_flight = 0
+    pool.scale(1, 1)
+    await settled(pool)
+    assert (second.state, second.in_flight) == (WorkerState.DRAINING, 2)
+    return second, running
+
+
+async def test_a_worker_that_does_not_finish_in_time_gives_its_completions_back_and_is_stopped() -> None:
+    pool = pool_of(2, drain_timeout_s=0.05)
+    draining, running = await drained(pool)
+    with pytest.raises(WorkerDrained, match="rollout-1 was scaled away"):
+        await running
+    await settled(pool)
+    assert draining.ended == "stopped"
+    assert events_of(pool)[-1] == ("worker_stopped", "rollout-1")
+    assert "worker_lost" not in [kind for kind, _ in events_of(pool)]
+    assert [await sampled_by(pool, name) for name in ("a", "b")] == ["rollout-0"] * 2
+    await pool.close()
+
+
+async def test_a_draining_worker_that_is_wanted_again_is_kept_and_takes_the_weights_that_it_missed() -> None:
+    pool = pool_of(2)
+    draining, running = await drained(pool)
+    await pool.update(published(1))
+    assert draining.version == PolicyVersion(1, 0)
+    pool.scale(2, 1)
+    draining.go.set()
+    assert await running == "rollout-1"
+    await settled(pool)
+    assert len(FakeWorker.made) == 2, "no other was started"
+    assert (draining.state, draining.version) == (WorkerState.READY, PolicyVersion(1, 1))
+    await pool.close()
+
+
+async def test_scaling_up_and_down_and_up_again_ends_at_the_number_wanted_whatever_is_still_starting() -> None:
+    pool = pool_of(1)
+    await pool.start()
+    await pool.update(published(0))
+    for workers in (4, 2, 5, 1, 3, 3, 1, 6, 2, 3):
+        pool.scale(workers, 1)
+        await asyncio.sleep(0)
+    await settled(pool)
+    count = pool.count()
+    assert (count.wanted, count.ready, count.starting, count.pending, count.draining) == (3, 3, 0, 0, 0)
+    ended = [worker.ended for worker in FakeWorker.made]
+    assert ended.count("") == 3
+    assert set(ended) <= {"", "stopped"}
+    await pool.close()
+
+
+async def test_a_worker_without_room_in_the_cluster_stays_wanted_costs_nothing_and_joins_when_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership, "PLACED_S", 0.0)
+    FakeWorker.room = 1
+    pool = pool_of(1)
+    await pool.start()
+    await pool.update(published(0))
+    pool.scale(3, 1)
+    await settled(pool)
+    count = pool.count()
+    assert (count.ready, count.pending, count.given_up) == (1, 2, 0)
+    assert count.asked == "each asks for 1 CPU, the cluster has 4 in all"
+    assert events_of(pool)[-2:] == [("worker_pending", "rollout-1"), ("worker_pending", "rollout-2")]
+    FakeWorker.room = 2
+    await settled(pool)
+    assert (pool.count().ready, pool.count().pending) == (2, 1)
+    pool.scale(2, 1)
+    await settled(pool)
+    assert (pool.count().ready, pool.count().pending) == (2, 0)
+    await pool.close()
+
+
+async def test_a_job_begins_with_the_workers_that_there_is_room_for_if_they_are_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership, "PLACED_S", 0.0)
+    monkeypatch.setattr(membership, "BEGIN_S", 0.0)
+    FakeWorker.room = 2
+    pool = pool_of(3, min_workers=2)
+    await pool.start()
+    await pool.update(published(0))
+    assert (pool.count().ready, pool.count().pending) == (2, 1)
+    FakeWorker.room = 3
+    await settled(pool)
+    assert pool.count().ready == 3
+    await pool.close()
+
+
+async def test_a_job_that_has_no_room_for_its_minimum_says_so_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership, "PLACED_S", 0.0)
+    monkeypatch.setattr(membership, "LOOK_S", 0.01)
+    FakeWorker.room = 1
+    spec = pool_of(3, min_workers=2)._spec.model_copy(deep=True)
+    spec = spec.model_copy(update={"deadlines": spec.deadlines.model_copy(update={"start_s": 0.1})})
+    pool = RolloutPool(spec, "m")
+    with pytest.raises(
+        DeadlineExceeded, match=r"room for 1 rollout workers, and at least 2 are needed \(rollout.min_w"
+    ):
+        await pool.start()
+    assert pool.workers() == []
+    assert {worker.ended for worker in FakeWorker.made} == {"stopped"}
+
+
+async def test_a_pool_shrinks_when_a_worker_is_lost_too_often_and_fails_below_its_minimum() -> None:
+    pool = pool_of(3, min_workers=2)
+    await pool.start()
+    await pool.update(published(0))
+    FakeWorker.cannot_start = {f"rollout-{slot}.{number}" for slot in (1, 2) for number in (1, 2, 3)}
+    FakeWorker.made[2].broken.set_result(WorkerLost("gone"))
+    await settled(pool)
+    count = pool.count()
+    assert (count.wanted, count.ready, count.given_up) == (3, 2, 1)
+    assert await sampled_by(pool, "a") == "rollout-0"
+    FakeWorker.made[1].broken.set_result(WorkerLost("gone"))
+    await settled(pool)
+    failure = await pool.until_failed()
+    assert str(failure).startswith(
+        "1 of at least 2 rollout workers (rollout.min_workers) are left: slot 1 was lost 4 times within an hour"
+    )
     await pool.close()
 
 
@@ -419,7 +575,10 @@ async def test_an_owner_that_waits_for_something_else_learns_that_no_worker_is_l
     assert not failed.done()
     FakeWorker.made[0].broken.set_result(WorkerLost("first"))
     reason = await asyncio.wait_for(failed, 1)
-    assert str(reason) == "no rollout worker is left; the last one: rollout-0.3 cannot start"
+    assert str(reason) == (
+        "0 of at least 1 rollout workers (rollout.min_workers) are left: slot 0 was lost 4 times within an hour; "
+        "the last one: rollout-0.3 cannot start"
+    )
     await pool.close()
 
 

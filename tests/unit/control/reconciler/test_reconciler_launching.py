@@ -9,6 +9,8 @@ import pytest
 from mortal import Crash, Mortal, MortalCluster, MortalStore
 from reconciler_world import World
 
+from sapo_ray.control import launch
+from sapo_ray.control.problems import Refused
 from sapo_ray.control.reconciler import acting, admission
 from sapo_ray.control.reconciler.tokens import read_token, token_file
 
@@ -174,3 +176,37 @@ def test_a_job_cancelled_before_its_launch_never_gets_a_driver(world: World) -> 
     assert world.job(id).state == "cancelled"
     assert not world.cluster.of_job(id)
     assert not token_file(world.runs / id, 1).exists()
+
+
+def refuse(world: World, id: str) -> str:
+    """What the link does where a job may not be launched any more."""
+    with world.store.begin() as s:
+        return launch.give_up(s, id, world.attempt(id).number, Refused(403, "not_allowed", "the secret is gone"))
+
+
+def test_a_job_that_may_not_be_launched_has_failed_once_and_nothing_is_left_of_its_attempt(world: World) -> None:
+    id = world.submit()
+    world.tick()
+    reason = refuse(world, id)
+    assert reason == "it was not launched: the secret is gone"
+    world.driver(id).become("FAILED", "superseded")
+    world.tick(3, every_s=60.0)
+    assert (world.job(id).state, world.job(id).reason) == ("failed", reason)
+    assert (world.attempt(id).number, world.attempt(id).state) == (1, "ended")
+    assert not list(world.runs.rglob(".token*"))
+
+
+def test_a_job_that_was_paused_instead_goes_on_by_a_new_attempt_when_it_is_resumed(world: World) -> None:
+    id = world.running()
+    world.report(id, {"time": world.clock(), "kind": "step", "step": 3, "steps": 10, "metrics": {}})
+    world.driver(id).become("FAILED", "its machine died")
+    world.tick(4, every_s=5.0)
+    assert (world.job(id).state, world.attempt(id).number) == ("starting", 2)
+    refuse(world, id)
+    world.resume(id)  # at once, before its driver is gone
+    world.tick(2)
+    assert world.job(id).state == "queued"
+    world.driver(id).become("FAILED", "superseded")
+    world.tick(3, every_s=5.0)
+    assert (world.job(id).state, world.attempt(id).number) == ("starting", 3)
+    assert world.job(id).restarts == 1
