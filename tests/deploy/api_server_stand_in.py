@@ -210,7 +210,12 @@ class Kubernetes:
                 and all(thing["metadata"].get("labels", {}).get(name) == value for name, value in selector)
             ]
         api, kind = KINDS[plural]
-        return {"apiVersion": api, "kind": f"{kind}List", "metadata": {"resourceVersion": "1"}, "items": items}
+        return {
+            "apiVersion": api,
+            "kind": f"{kind}List",
+            "metadata": {"resourceVersion": str(self._version)},
+            "items": items,
+        }
 
     def _may(self, user: str, verb: str, plural: str, namespace: str, name: str) -> bool:
         if user == ADMIN:

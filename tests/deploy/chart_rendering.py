@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,13 @@ def chart() -> Any:
 
 def texts(values: Mapping[str, Any], name: str = "demo", namespace: str = NAMESPACE) -> dict[str, str]:
     """Text of each template. Raises Refused."""
+    return _texts(json.dumps(values), name, namespace)
+
+
+@lru_cache(maxsize=256)
+def _texts(values: str, name: str, namespace: str) -> dict[str, str]:
     try:
-        return dict(chart().render(dict(values), name=name, namespace=namespace))
+        return dict(chart().render(json.loads(values), name=name, namespace=namespace))
     except helm.HelmError as error:
         raise Refused(str(error)) from error
 
