@@ -51,7 +51,7 @@ KINDS = (
     Kind(
         code="out_of_memory",
         words=r"out of memory|OutOfMemory|MemoryError|Cannot allocate memory|can't allocate memory|low on memory"
-        r"|No available memory for the cache|less than desired GPU memory|OOM",
+        r"|No available memory for the cache|less than (desired|requested)[\w ]* memory|not enough [\w ]*memory|OOM",
         remedy="give the part more memory, or ask for less: fewer rollout.max_num_seqs, a lower "
         "rollout.gpu_memory_utilization or rollout.kv_cache_mb (rollout), fewer learner.tokens_per_micro_batch, "
         "learner.gradient_checkpointing or more learner.ranks (learner), a larger verifier.memory_mb (verifier)",

@@ -8,9 +8,11 @@ from typing import Any
 
 from sapo_ray.api.diagnosis import ComponentState, Diagnosis, Verdict
 from sapo_ray.diagnosis.causes import CLUSTER, STORAGE, kind_by
-from sapo_ray.diagnosis.first_cause import Event, Log, cause, first_cause
+from sapo_ray.diagnosis.first_cause import VAGUE, Event, Log, cause, first_cause
 from sapo_ray.diagnosis.vitals import DRIVER, WRITTEN_S, Component, Vitals, as_time, loop, names, stalls
 
+FULL_BYTES = 32 << 20
+"""A disk with less free than this is full."""
 LAUNCH_S = 60.0
 """A driver that was launched reports within this, as a rule."""
 HELD = {
@@ -58,6 +60,8 @@ class Evidence:
     position: int | None = None
     last_heard: float | None = None
     """When the service heard of the driver; None where there is no service, or it never did."""
+    free: int | None = None
+    """Bytes free on the disk of the run directory; None where it cannot be asked."""
     served: bool = False
     """Whether a service looks after the job."""
 
@@ -78,6 +82,8 @@ def diagnose(known: Evidence) -> Diagnosis:
 
 def _failed(known: Evidence) -> Diagnosis:
     first = first_cause(known.events, known.reason, known.since, known.attempt, known.log)
+    if _is_full(known) and first.code in VAGUE:  # what cannot be written cannot be told either
+        first = first.model_copy(update={"code": "disk_full", "component": STORAGE})
     summary = f"{known.state}{_step(known)}; it began with {first.component}: {_line(first.text)}"
     remedy = kind_by(first.code).remedy
     return _verdict(known, "failed", first.component, summary, known.since, remedy).model_copy(update={"cause": first})
@@ -152,7 +158,10 @@ def _not_begun(known: Evidence) -> Diagnosis:
 
 
 def _held(known: Evidence) -> Diagnosis | None:
-    """A condition that keeps the job from getting on."""
+    """A disk or a condition that keeps the job from getting on."""
+    if _is_full(known) and known.state not in ("queued", "paused"):
+        summary = f"the disk of the run directory is full: {(known.free or 0) / 1e6:.0f} MB are free"
+        return _verdict(known, "stalled", STORAGE, summary, known.since, kind_by("disk_full").remedy)
     for condition in known.conditions:
         component = HELD.get(str(condition["type"]))
         if component is not None:
@@ -162,6 +171,10 @@ def _held(known: Evidence) -> Diagnosis | None:
             remedy = kind_by(kind).remedy if kind else _held_remedy(component)
             return _verdict(known, verdict, component, summary, _since(condition, known), remedy)
     return None
+
+
+def _is_full(known: Evidence) -> bool:
+    return known.free is not None and known.free < FULL_BYTES
 
 
 def _held_remedy(component: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def evidence(run_dir: Path, now: float) -> Evidence:
         conditions=conditions(mine),
         events=mine,
         vitals=vitals,
+        free=free_bytes(run_dir),
         log=lambda name: telling(_tail(run_dir / "logs" / name, TAIL_BYTES)),
     )
 
@@ -62,6 +64,14 @@ def conditions(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 reason = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
             found[name] = {"type": name, "reason": str(reason), "since": event["time"]}
     return list(found.values())
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes free on a folder's disk; None where it cannot be asked."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def _state(events: list[dict[str, Any]], vitals: Vitals | None, now: float) -> tuple[str, str, float]:

@@ -19,6 +19,7 @@ from sapo_ray.control.service import JobId, The, find, respond
 from sapo_ray.control.store import EventRow, JobRow, events, jobs
 from sapo_ray.diagnosis import Evidence, diagnose
 from sapo_ray.diagnosis.log_lines import TAIL_BYTES, telling
+from sapo_ray.diagnosis.run_dir import free_bytes
 from sapo_ray.diagnosis.vitals import FILE, parse
 
 router = APIRouter(prefix="/v1/jobs", tags=["watch"])
@@ -93,16 +94,16 @@ def diagnose_job(caller: Reader, control: The, job_id: JobId) -> Response:
     Made of the job's events, of what its driver writes down every few seconds, and of its logs: it needs no driver.
     """
     with control.store.read() as session:
-        row = find(session, caller, job_id)
-        position = jobs.queue_position(session, row) if row.state == "queued" else None
-        newest = [_event(event) for event in _newest(session, row)]
-    return respond(diagnose(_evidence(row, position, newest)))
+        known = known_of(session, find(session, caller, job_id), time.time())
+    return respond(diagnose(known))
 
 
-def _evidence(row: JobRow, position: int | None, newest: list[dict[str, Any]]) -> Evidence:
+def known_of(session: Session, row: JobRow, now: float) -> Evidence:
+    """What the store and the run directory tell of a job."""
     run_dir = FilePath(row.run_dir)
+    newest = events.newest_events(session, row.id, KINDS, MOST_EVENTS)
     return Evidence(
-        now=time.time(),
+        now=now,
         state=row.state,
         reason=row.reason,
         since=row.since,
@@ -110,18 +111,14 @@ def _evidence(row: JobRow, position: int | None, newest: list[dict[str, Any]]) -
         step=row.step,
         steps=row.steps,
         conditions=[dict(one) for one in row.conditions],
-        events=newest,
+        events=[_event(event) for event in reversed(newest)],
         vitals=parse(_tail(run_dir, FILE, 1 << 20)),
         log=lambda name: [str(hide(line)) for line in telling(_tail(run_dir / "logs", name, TAIL_BYTES))],
-        position=position,
+        position=jobs.queue_position(session, row) if row.state == "queued" else None,
         last_heard=row.last_heard,
+        free=free_bytes(run_dir),
         served=True,
     )
-
-
-def _newest(session: Session, row: JobRow) -> list[EventRow]:
-    """Oldest first."""
-    return events.newest_events(session, row.id, KINDS, MOST_EVENTS)[::-1]
 
 
 def _event(row: EventRow) -> dict[str, Any]:

@@ -120,6 +120,21 @@ def test_what_killed_a_worker_is_read_from_its_own_log() -> None:
     assert (diagnosis.component, diagnosis.cause.code) == ("rollout-0", "out_of_memory")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Available memory on node 0 (17.2/23.4 GiB) on kv cache allocation is less than requested memory for kv (9 G)",
+        "Free memory on device cuda:0 (3/80 GiB) on startup is less than desired GPU memory utilization (0.85, 68 GiB)",
+        "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        "Worker died: the node was running low on memory",
+    ],
+)
+def test_memory_that_is_not_enough_is_known_in_the_words_of_each_library(words: str) -> None:
+    diagnosis = found("failed", f"WorkerLost: rollout-0 failed to start (deadlines.start_s):\nValueError: {words}")
+    assert diagnosis.cause is not None
+    assert (diagnosis.component, diagnosis.cause.code) == ("rollout-0", "out_of_memory")
+
+
 def test_a_deadline_of_the_loop_is_laid_to_whoever_stalled_then() -> None:
     stalled = event("condition", 300, condition="Stalled", component="verifier-0", reason="no progress for 17 s")
     end = "DeadlineExceeded: waited 3600 s for the next batch of graded groups at step 3; groups under way: ['a']"
