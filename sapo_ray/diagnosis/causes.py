@@ -124,7 +124,8 @@ KINDS = (
     Kind(code="superseded", words=r"superseded", component="driver", remedy="nothing: a later attempt has the run"),
     Kind(
         code="unreachable_cluster",
-        words=r"cluster does not answer|LauncherUnavailable|Ray says UNKNOWN|no assignment within",
+        words=r"cluster does not answer|timed out during startup|LauncherUnavailable|Ray says UNKNOWN"
+        r"|no assignment within",
         component=CLUSTER,
         remedy="see that the Ray cluster is up and that service and drivers reach each other; jobs go on by themselves",
     ),

@@ -86,6 +86,7 @@ class Collector:
         self._pulse = pulse or Pulse()
         self._suspects = asyncio.Lock()
         self._admission = Admission(self._places)
+        self._living = self._unasked = 0
 
     def room_changed(self) -> None:
         """Workers came or went: what waits for room may have it now."""
@@ -97,7 +98,11 @@ class Collector:
 
     def _places(self) -> int:
         """Completions that may be under way at once. Without a worker those of one: they wait where it comes back."""
-        return QUEUED_PER_SEQUENCE * max(1, self._rollouts.living()) * self._spec.rollout.max_num_seqs
+        self._unasked -= 1
+        if self._unasked < 0:  # of many workers it does not matter at once whether one more lives
+            self._living = self._rollouts.living()
+            self._unasked = self._living // 32
+        return QUEUED_PER_SEQUENCE * max(1, self._living) * self._spec.rollout.max_num_seqs
 
     async def collect(
         self, prompt: Prompt, *, samples: int, temperature: float, max_new_tokens: int, stream: str = ""

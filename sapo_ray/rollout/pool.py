@@ -17,8 +17,9 @@ from typing import Any
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.errors import DeadlineExceeded, NoWorker, SapoRayError, WeightsRefused, WorkerLost
+from sapo_ray.rollout.choosing import LeastLoaded
 from sapo_ray.rollout.membership import Membership
-from sapo_ray.rollout.remote import Ref, RemoteWorker
+from sapo_ray.rollout.remote import Ref, RemoteWorker, WorkerState
 from sapo_ray.types import CompletionMeta, GroupRequest, Published, Takeover
 
 STUCK = 0.95
@@ -39,6 +40,7 @@ class RolloutPool(Membership):
     def __init__(self, spec: JobSpec, model_path: str) -> None:
         super().__init__(spec, model_path)
         self._pushed_to: frozenset[str] = frozenset()
+        self._choice = LeastLoaded(self._usable, self._is_usable)
 
     def push_targets(self) -> list[Any]:
         """Actors for a native weight push, which `update` must follow; all others take the buckets."""
@@ -99,21 +101,25 @@ class RolloutPool(Membership):
 
     def _usable(self) -> list[RemoteWorker]:
         """Workers that hold the newest weights, or attested ones that are just being replaced by them."""
+        return [worker for worker in self._workers.values() if self._is_usable(worker)]
+
+    def _is_usable(self, worker: RemoteWorker) -> bool:
+        if worker.state is not WorkerState.READY or worker.takeover is None:
+            return False
         newest = self._published.manifest.version if self._published else None
-        holding = [worker for worker in self._ready() if worker.takeover]
-        return [worker for worker in holding if worker.version == newest or worker.bringing.locked()]
+        return worker.takeover.version == newest or worker.bringing.locked()
 
     async def _attested_worker(self, request: GroupRequest) -> RemoteWorker:
         try:
             async with asyncio.timeout(self._spec.rollout.group_deadline_s):
-                while not (usable := self._usable()):
+                while (chosen := self._choice.choose()) is None:
                     await self._wait_for_change()
         except TimeoutError:
             raise NoWorker(
                 f"no attested rollout worker for group {request.group_id} within "
                 f"{self._spec.rollout.group_deadline_s:g} s (rollout.group_deadline_s); last failure: {self._last_loss}"
             ) from None
-        return min(usable, key=lambda worker: worker.in_flight)
+        return chosen
 
     async def _bring(self, worker: RemoteWorker) -> Takeover | None:
         """Bring a worker to the newest weights, however often they change meanwhile. None when it was lost."""
