@@ -17,7 +17,7 @@ from chaos_run import ChaosRun
 
 from sapo_ray.audit import Report
 
-WEIGHTS = {"grader": 60.0, "rollout": 20.0, "verifier": 12.0, "stop": 1.0, "slow": 1.0, "driver": 1.0}
+WEIGHTS = {"grader": 70.0, "rollout": 20.0, "verifier": 5.0, "stop": 0.5, "slow": 1.0, "driver": 0.5}
 """How often each fault is drawn. `stop` is SIGSTOP of a rollout worker, `slow` some seconds of it, again and again."""
 ENDS_THE_ATTEMPT = ("driver", "raylet", "gcs")
 PROGRESS_S = 600.0
@@ -34,10 +34,10 @@ class Campaign:
     workers: int
     """Rollout workers of the job."""
     weights: dict[str, float] = field(default_factory=lambda: dict(WEIGHTS))
-    pause_s: float = 1.5
+    pause_s: float = 1.0
     """Longest pause before a fault; each is drawn from 0 to this."""
-    steps_between: int = 0
-    """Steps that must have been taken since the last fault."""
+    steps_between: int = 1
+    """Steps that must have been taken since the last fault: it was outlived."""
     kills: Counter[str] = field(default_factory=Counter)
     struck: list[tuple[float, str, str]] = field(default_factory=list)
     """(Unix seconds, fault, victim) of each."""
