@@ -123,10 +123,10 @@ async def cluster(
 
 @pytest.fixture
 def shm() -> Iterator[None]:
-    """No weights are left behind in shared memory (Ray's own store and momentary semaphores apart)."""
+    """No weights are left behind in shared memory (Ray's own store, momentary semaphores and other programs apart)."""
 
     def files() -> set[str]:
-        return {name for name in os.listdir("/dev/shm") if not name.startswith(("plasma", "sem."))}
+        return {name for name in os.listdir("/dev/shm") if not name.startswith(("plasma", "sem.", "PostgreSQL."))}
 
     before = files()
     yield
