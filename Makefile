@@ -1,6 +1,6 @@
 # make setup        a virtual environment in .venv with everything pinned (GPU=1: the CUDA set)
 # make quickstart   start the service, train the smallest job through it on two CPU cores, stop it
-# make test         set up and run all tests; make test-fast: only those without real engines
+# make test         set up and run the tests; make test-fast: only those without real engines; make test-long: runs of minutes
 # make chaos        kill parts of real runs at random: SEEDS="1 2", MINUTES=10 each, FAULTS="rollout=5 driver=1"
 # make check        format, lint, types and layers, as every commit should pass; make format: apply the format
 # make docs         write docs/jobs.md and docs/api.md again from what they describe
@@ -25,7 +25,7 @@ PATHS := sapo_ray tests scripts $(wildcard benchmarks examples)
 SEEDS ?= 1
 MINUTES ?= 10
 
-.PHONY: help setup quickstart test test-fast chaos check format docs chart clean
+.PHONY: help setup quickstart test test-fast test-long chaos check format docs chart clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,7 +58,10 @@ quickstart: setup
 	$(BIN)/sapo-ray quickstart configs/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 test-fast: setup
 	$(BIN)/python -m pytest tests/unit -m "not integration and not slow and not gpu"

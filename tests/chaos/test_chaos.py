@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from chaos_run import ChaosRun
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 SEED = 20261123
 
