@@ -43,7 +43,7 @@ class WorkerLost(SapoRayError):
 
 
 class WorkerDrained(SapoRayError):
-    """A rollout worker was taken away by scaling; what it had not finished is to be asked for again."""
+    """A rollout worker was scaled away or left behind; what it had not finished is to be asked for again."""
 
 
 class DeadlineExceeded(SapoRayError, TimeoutError):

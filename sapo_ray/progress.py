@@ -29,6 +29,7 @@ PLAIN_PROMPTS = 100
 TROUBLE = {
     "worker_lost": "was lost",
     "takeover_failed": "failed to take the weights over",
+    "worker_behind": "is left behind until it has the newest weights",
     "worker_not_replaced": "is not replaced",
     "pool_failed": "failed",
 }

@@ -248,7 +248,7 @@ class WorkerCount:
     ready: int
     """They sample, or are just taking newer weights over."""
     starting: int
-    """Placed, and not ready yet."""
+    """Placed, and not ready yet, or left behind until it has the newest weights."""
     pending: int
     """The cluster has no room for them."""
     draining: int

@@ -70,7 +70,8 @@ class ObservedWorkers(Wire):
     ready: int
     """They sample, or are just taking newer weights over."""
     starting: int
-    """Placed on a node, loading the model or taking weights over for the first time."""
+    """Placed on a node, loading the model or taking weights over for the first time; or left behind by the others until
+    they have the newest weights."""
     pending: int
     """The cluster has no room for them yet."""
     draining: int

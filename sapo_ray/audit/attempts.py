@@ -8,7 +8,7 @@ from sapo_ray.audit.lines import Line
 ENDS = ("succeeded", "failed", "interrupted", "paused", "cancelled")
 """States of an attempt's last transition."""
 LEDGER_OF_TRAINING = ("issued", "graded", "consumed", "published")
-NEEDS_REASON = ("worker_lost", "takeover_failed", "worker_not_replaced", "pool_failed")
+NEEDS_REASON = ("worker_lost", "takeover_failed", "worker_behind", "worker_not_replaced", "pool_failed")
 
 
 class Attempts:

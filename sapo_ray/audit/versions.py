@@ -42,7 +42,7 @@ class Weights:
         if line.kind == "published":
             self._published(line, str(data["version"]), str(data["fingerprint"]))
             self._attested.setdefault(data["version"], set()).update(data["workers"])
-        elif line.kind == "worker" and data["what"] == "worker_ready":
+        elif line.kind == "worker" and data["what"] in ("worker_ready", "worker_caught_up"):
             self._attested.setdefault(data["version"], set()).add(data["worker"])
         elif line.kind == "worker" and data["what"] == "takeover_failed":
             self._refused[data["version"], data["worker"]] = line.number

@@ -1,11 +1,14 @@
 """Which rollout workers there are: started, joined, drained, lost, replaced.
 
 pending -- the cluster has room --> starting --> ready -- surplus --> draining --> stopped
-   |                                   |           |  <- wanted again -- |
-   +-----------------------------------+-----------+---------------------+--> lost --> replaced, unless it drained
+   |                                   |      |    ^  |                |    |
+   |                                   |      v    |  v                |    |
+   |                                   |      behind  <- wanted again -+    |
+   +-----------------------------------+-----------+------------------------+--> lost --> replaced, unless it drained
 
 scale      another number wanted: missing workers are added in the background, surplus ones drained
 draining   no new groups, and rollout.drain_timeout_s to finish those it has; then they are given back (WorkerDrained)
+behind     not used until it has taken the newest weights over, which nobody waits for: see pool.py
 pending    no room in the cluster: wanted all the same, and placed as soon as a node has room; costs no replacement
 lost       replaced REPLACEMENTS times within an hour; then the pool shrinks, and below its minimum it fails
 """
@@ -35,7 +38,7 @@ their way."""
 LOOK_S = 1.0
 """Longest time between two looks at whether there is room."""
 COMING = (WorkerState.PENDING, WorkerState.STARTING)
-KEPT_FIRST = (WorkerState.READY, WorkerState.STARTING, WorkerState.PENDING)
+KEPT_FIRST = (WorkerState.READY, WorkerState.BEHIND, WorkerState.STARTING, WorkerState.PENDING)
 
 
 class Membership(Supervised):
@@ -124,7 +127,7 @@ class Membership(Supervised):
         """How many workers are wanted, and what those that exist are at."""
         states = [worker.state for worker in self._workers.values()]
         ready = self.living()
-        joining = states.count(WorkerState.READY) - ready
+        joining = states.count(WorkerState.READY) - ready + states.count(WorkerState.BEHIND)
         return WorkerCount(
             wanted=self._wanted,
             ready=ready,
@@ -259,7 +262,7 @@ class Membership(Supervised):
                 while worker.in_flight:
                     await self._wait_for_change()
         if worker.state is WorkerState.DRAINING:
-            given_back = worker.recall()
+            given_back = worker.recall("was scaled away")
             del self._workers[worker.slot]
             self._event("worker_stopped", worker, reason="scaled down", given_back=given_back)
             self._drains.pop(worker.id, None)
@@ -269,7 +272,9 @@ class Membership(Supervised):
     def _keep(self, worker: RemoteWorker) -> None:
         """A worker that drains is wanted again: it takes the weights that it missed, and goes on."""
         self._drains.pop(worker.id).cancel()
-        worker.state = WorkerState.READY
+        newest = self._published.manifest.version if self._published and self._published.buckets else worker.version
+        worker.state = WorkerState.READY if worker.version == newest else WorkerState.BEHIND
+        worker.recalled = ""
         self._event("worker_kept", worker, reason="scaled up while it drained")
         self._background(self._catch_up(worker))
 

@@ -1,7 +1,8 @@
 """The pool of rollout workers: who samples, and who takes weights over. Which workers there are: membership.py.
 
     generate   a group -> the least loaded attested worker; its death is a WorkerLost to the caller at once
-    update     published weights -> every worker, each attested; one that fails is ended and replaced
+    update     published weights -> every worker, each attested; one that fails is ended and replaced, one that hangs
+               is left behind: it gives back what it samples, and is used again once it has the newest
     join       in the background: start, newest published weights, canary, and only then used
 
 The learner is never asked again: workers that join take the last published buckets.
@@ -24,14 +25,16 @@ from sapo_ray.types import CompletionMeta, GroupRequest, Published, Takeover
 
 STUCK = 0.95
 """A worker that finishes no completion for this share of rollout.group_deadline_s, while it has some, is lost too."""
+BEHIND_S = 10.0
+"""Once one worker has taken weights over, the others have as long again as that took, and so long at least."""
 
 
 class RolloutPool(Membership):
     """Rollout workers of one job. Lives in the driver; Ray must be initialised. All methods belong to one event loop.
 
     `events` gets a dict for every change that the journal should hold: kind (`worker_ready`, `worker_lost`,
-    `takeover_failed`, `worker_not_replaced`, `worker_pending`, `worker_kept`, `worker_stopped`, `pool_failed`), worker,
-    reason or version.
+    `takeover_failed`, `worker_behind`, `worker_caught_up`, `worker_not_replaced`, `worker_pending`, `worker_kept`,
+    `worker_stopped`, `pool_failed`), worker, reason or version.
 
     A pool fails for good when fewer workers than its minimum are left and not replaced, or its own code breaks: every
     call from then on raises TrainingFailed, and `until_failed` returns it.
@@ -53,7 +56,7 @@ class RolloutPool(Membership):
         """Yield (meta, ref of the payload) of each completion as it finishes, all from one worker.
 
         rollout.group_deadline_s bounds the wait for a worker and then, anew, the sampling. Raises WorkerLost when the
-        worker dies, WorkerDrained when it is taken away by scaling, NoWorker or DeadlineExceeded at these bounds,
+        worker dies, WorkerDrained when it is scaled away or left behind, NoWorker or DeadlineExceeded at these bounds,
         TrainingFailed when the pool failed. What was yielded before stays good.
         """
         self._check_failure()
@@ -78,15 +81,15 @@ class RolloutPool(Membership):
             self._notify()
 
     async def update(self, published: Published) -> list[Takeover]:
-        """Bring all live workers to `published`; return once those that can be are attested, at least one.
+        """Bring all live workers to `published`; return once one is attested, and each other is as well, or lost,
+        or left behind (BEHIND_S).
 
         Raises TrainingFailed when none is left, DeadlineExceeded when none is attested within deadlines.publish_s.
         """
         self._check_failure()
         self._published = published
         ready = [worker for worker in self._ready() if published.buckets or worker.id in self._pushed_to]
-        takeovers = [takeover for takeover in await asyncio.gather(*map(self._bring, ready)) if takeover]
-        if takeovers:
+        if takeovers := await self._bring_all(ready):
             return takeovers
         try:
             async with asyncio.timeout(self._spec.deadlines.publish_s):
@@ -98,6 +101,32 @@ class RolloutPool(Membership):
                 f"{self._spec.deadlines.publish_s:g} s (deadlines.publish_s); last failure: {self._last_loss}"
             ) from None
         return attested
+
+    async def _bring_all(self, workers: list[RemoteWorker]) -> list[Takeover]:
+        """Bring workers to the newest weights; one that hangs or is far slower than the first is left behind."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        bringing = {self._background(self._bring(worker)): worker for worker in workers}
+        waiting = set(bringing)
+        while waiting and not any(task.result() for task in bringing.keys() - waiting):
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            self._check_failure()
+        if waiting:
+            patience = max(BEHIND_S, clock() - began)
+            _, waiting = await asyncio.wait(waiting, timeout=patience)
+            self._check_failure()
+            for task in waiting:
+                self._leave_behind(bringing[task], clock() - began)
+        return [takeover for task in bringing.keys() - waiting if (takeover := task.result())]
+
+    def _leave_behind(self, worker: RemoteWorker, seconds: float) -> None:
+        """Use a worker no more until it has the newest weights; its groups go to others, which may take none older."""
+        if worker.state is WorkerState.READY:
+            worker.state = WorkerState.BEHIND
+            why = "did not take weights over in time"
+            given_back = worker.recall(why)
+            self._event("worker_behind", worker, reason=f"{why}: {seconds:.1f} s and more", given_back=given_back)
+            self._notify()
 
     def _usable(self) -> list[RemoteWorker]:
         """Workers that hold the newest weights, or attested ones that are just being replaced by them."""
@@ -139,5 +168,8 @@ class RolloutPool(Membership):
                     self._event("worker_ready", worker, version=str(takeover.version), seconds=takeover.seconds)
                 worker.takeover = takeover
                 self._noise = self._noise or takeover
+            if worker.state is WorkerState.BEHIND:
+                worker.state, worker.recalled = WorkerState.READY, ""
+                self._event("worker_caught_up", worker, version=str(worker.version))
         self._notify()
         return worker.takeover

@@ -38,11 +38,12 @@ _CONCURRENT_CALLS = 4096  # groups in flight on one worker, and then some
 
 class WorkerState(StrEnum):
     """`pending` ones have no room in the cluster; `ready` ones may be sampled from once they hold attested weights;
-    `lost` and `stopped` are ends."""
+    `behind` ones did not take the newest over in time, and will; `lost` and `stopped` are ends."""
 
     PENDING = "pending"
     STARTING = "starting"
     READY = "ready"
+    BEHIND = "behind"
     DRAINING = "draining"
     LOST = "lost"
     STOPPED = "stopped"
@@ -85,7 +86,8 @@ class RemoteWorker:
         self.state = WorkerState.STARTING
         self.takeover: Takeover | None = None
         self.in_flight = 0
-        self.recalled = False
+        self.recalled = ""
+        """Why what it samples is taken back, if it is."""
         self.bringing = asyncio.Lock()
         self.bringing_since = 0.0
         """When the takeover under way began; the loop's clock, as below."""
@@ -221,20 +223,23 @@ class RemoteWorker:
                 return await metas
         except TimeoutError:
             if self.recalled:
-                raise WorkerDrained(f"{self.id} was scaled away before group {request.group_id} was finished") from None
+                raise self._drained(request) from None
             raise DeadlineExceeded(
                 f"{self.id} did not finish group {request.group_id} in time (rollout.group_deadline_s)"
             ) from None
         except RayError as error:
             if self.recalled:
-                raise WorkerDrained(f"{self.id} was scaled away before group {request.group_id} was finished") from None
+                raise self._drained(request) from None
             raise self._translated(error, f"sample group {request.group_id}") from None
         finally:
             self._waits.discard(scope)
 
-    def recall(self) -> int:
+    def _drained(self, request: GroupRequest) -> WorkerDrained:
+        return WorkerDrained(f"{self.id} {self.recalled} before group {request.group_id} was finished")
+
+    def recall(self, why: str) -> int:
         """Take back what is being sampled: each caller of `generate` gets WorkerDrained. Returns the number."""
-        self.recalled = True
+        self.recalled = why
         now = asyncio.get_running_loop().time()
         for scope in self._waits:
             if not scope.expired():

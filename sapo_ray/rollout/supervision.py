@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from sapo_ray.errors import TrainingFailed
 from sapo_ray.rollout.remote import RemoteWorker
+
+Result = TypeVar("Result")
 
 
 class Supervised:
@@ -16,7 +18,7 @@ class Supervised:
     def __init__(self) -> None:
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._failure: TrainingFailed | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._endings: set[asyncio.Task[None]] = set()
         """Those among them that end a worker."""
         self._changed = asyncio.Event()
@@ -30,13 +32,13 @@ class Supervised:
     def _event(self, kind: str, worker: RemoteWorker, **details: Any) -> None:
         self.events.put_nowait({"kind": kind, "worker": worker.id, **details})
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _background(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return task
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         self._endings.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:

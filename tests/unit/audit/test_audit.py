@@ -152,6 +152,15 @@ def test_weights_that_a_worker_did_not_take_over_may_not_have_made_a_sample(spoi
     assert spoiled.found("I3 attested", "w0 sampled under version 1.2, which it had not taken over", published)
 
 
+def test_a_worker_that_was_left_behind_and_has_caught_up_may_have_sampled(spoiled: Spoiled) -> None:
+    with spoiled.rows() as rows:
+        line, row = nth(rows, "published", where=lambda row: row["version"] == "1.2")
+        row["workers"] = ["w1"]
+        caught_up = {"time": 0.0, "attempt": 1, "seq": 0, "kind": "worker", "what": "worker_caught_up"}
+        rows.insert(line, caught_up | {"worker": "w0", "version": "1.2"})
+    assert spoiled.audit().findings == []
+
+
 def test_weights_that_failed_their_takeover_may_not_have_made_a_sample(spoiled: Spoiled) -> None:
     with spoiled.rows() as rows:
         line, row = nth(rows, "published", where=lambda row: row["version"] == "1.2")

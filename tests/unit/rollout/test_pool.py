@@ -21,6 +21,7 @@ from sapo_ray.errors import (
     WorkerLost,
 )
 from sapo_ray.rollout import membership, remote, replacements
+from sapo_ray.rollout import pool as pools
 from sapo_ray.rollout.pool import RolloutPool
 from sapo_ray.rollout.remote import RemoteWorker, WorkerState
 from sapo_ray.types import (
@@ -48,7 +49,7 @@ class FakeWorker(RemoteWorker):
     def __init__(self, spec: JobSpec, model_path: str, worker_id: str, slot: int, gpus: bool) -> None:
         self.id, self.slot, self.state = worker_id, slot, WorkerState.STARTING
         self.takeover: Takeover | None = None
-        self.in_flight, self.recalled, self.bringing = 0, False, asyncio.Lock()
+        self.in_flight, self.recalled, self.bringing = 0, "", asyncio.Lock()
         self.last_progress = asyncio.get_running_loop().time()
         self.actor, self._info, self._waits, self._room = worker_id, {}, set(), None
         self.broken: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -91,7 +92,7 @@ class FakeWorker(RemoteWorker):
             if self.broken.done():
                 raise WorkerLost(f"{self.id} died")
             if self.recalled:
-                raise WorkerDrained(f"{self.id} was scaled away")
+                raise WorkerDrained(f"{self.id} {self.recalled}")
             span = VersionSpan(version=self.takeover.version, start=0, end=1)
             meta = CompletionMeta(
                 group_id=request.group_id,
@@ -106,9 +107,10 @@ class FakeWorker(RemoteWorker):
             self.sampled.append(request.group_id)
             yield meta, object()
 
-    def recall(self) -> int:
-        self.go.set()
-        return super().recall()
+    def recall(self, why: str) -> int:
+        if self.state is WorkerState.DRAINING:
+            self.go.set()
+        return super().recall(why)
 
     async def stop(self) -> None:
         self.state, self.ended = WorkerState.STOPPED, "stopped"
@@ -173,12 +175,15 @@ async def settled(pool: RolloutPool) -> None:
         await asyncio.sleep(0)
 
 
-def events_of(pool: RolloutPool) -> list[tuple[str, str]]:
+def all_events_of(pool: RolloutPool) -> list[dict[str, Any]]:
     found = []
     while not pool.events.empty():
-        event = pool.events.get_nowait()
-        found.append((event["kind"], event["worker"]))
+        found.append(pool.events.get_nowait())
     return found
+
+
+def events_of(pool: RolloutPool) -> list[tuple[str, str]]:
+    return [(event["kind"], event["worker"]) for event in all_events_of(pool)]
 
 
 async def test_groups_go_to_the_least_loaded_worker_and_stay_there() -> None:
@@ -249,6 +254,109 @@ async def test_a_joining_worker_takes_the_newest_weights_even_if_they_change_mea
         "rollout-0.1": PolicyVersion(1, 1),
     }
     assert joining.noise is not None
+    await pool.close()
+
+
+async def left_behind(monkeypatch: pytest.MonkeyPatch) -> tuple[RolloutPool, FakeWorker]:
+    """Two workers, of which rollout-1 hangs while version 1 is published."""
+    monkeypatch.setattr(pools, "BEHIND_S", 0.05)
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+    hanging = FakeWorker.made[1]
+    hanging.go.clear()
+    assert [takeover.worker for takeover in await pool.update(published(1))] == ["rollout-0"]
+    return pool, hanging
+
+
+async def test_a_worker_that_hangs_while_weights_are_published_is_left_behind_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, hanging = await left_behind(monkeypatch)
+    assert (hanging.state, hanging.ended, pool.living()) == (WorkerState.BEHIND, "", 1)
+    assert [await sampled_by(pool, name) for name in "abc"] == ["rollout-0"] * 3
+    assert [takeover.worker for takeover in await pool.update(published(2))] == ["rollout-0"]
+    count = pool.count()
+    assert (count.wanted, count.ready, count.starting) == (2, 1, 1)
+    assert events_of(pool)[2:] == [("worker_behind", "rollout-1")], "once, however many updates it misses"
+    await pool.close()
+
+
+async def test_a_worker_that_was_left_behind_is_used_again_once_it_has_the_newest_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, hanging = await left_behind(monkeypatch)
+    await pool.update(published(2))
+    FakeWorker.made[0].in_flight = 1  # so that the next group goes to rollout-1, if it may
+    assert await sampled_by(pool, "a") == "rollout-0"
+    hanging.go.set()
+    await settled(pool)
+    assert (hanging.state, hanging.version) == (WorkerState.READY, PolicyVersion(1, 2))
+    assert await sampled_by(pool, "b") == "rollout-1"
+    assert [takeover.worker for takeover in await pool.update(published(3))] == ["rollout-0", "rollout-1"]
+    assert events_of(pool)[-1] == ("worker_caught_up", "rollout-1")
+    await pool.close()
+
+
+async def test_what_a_worker_samples_when_it_is_left_behind_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "BEHIND_S", 0.05)
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+    first, hanging = FakeWorker.made
+    first.in_flight = 1
+    hanging.go.clear()
+    running = asyncio.create_task(sampled_by(pool, "running"))
+    await settled(pool)
+    first.in_flight = 0
+    await pool.update(published(1))
+    [event] = [event for event in all_events_of(pool) if event["kind"] == "worker_behind"]
+    assert (event["worker"], event["given_back"]) == ("rollout-1", 2)
+    hanging.go.set()
+    with pytest.raises(WorkerDrained, match="rollout-1 did not take weights over in time"):
+        await running
+    await pool.close()
+
+
+async def test_a_worker_that_was_left_behind_and_is_lost_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, hanging = await left_behind(monkeypatch)
+    hanging.broken.set_result(DeadlineExceeded("rollout-1 did not answer its heartbeat within 60 s"))
+    await until(
+        lambda: [w.id for w in pool.workers() if w.version == PolicyVersion(1, 1)] == ["rollout-0", "rollout-1.1"]
+    )
+    assert hanging.ended == "killed"
+    await pool.close()
+
+
+async def test_the_only_worker_is_not_left_behind_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "BEHIND_S", 0.01)
+    pool = pool_of(1)
+    await pool.start()
+    await pool.update(published(0))
+    FakeWorker.made[0].go.clear()
+    update = asyncio.create_task(pool.update(published(1)))
+    await asyncio.sleep(0.1)
+    assert not update.done()
+    FakeWorker.made[0].go.set()
+    assert [takeover.worker for takeover in await update] == ["rollout-0"]
+    await pool.close()
+
+
+async def test_a_worker_that_is_scaled_away_while_it_was_left_behind_may_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, hanging = await left_behind(monkeypatch)
+    hanging.in_flight = 1  # or it would be stopped at once
+    pool.scale(1, 1)
+    await settled(pool)
+    assert hanging.state is WorkerState.DRAINING
+    hanging.go.set()
+    await settled(pool)
+    pool.scale(2, 1)
+    await settled(pool)
+    hanging.in_flight = 0
+    FakeWorker.made[0].in_flight = 1
+    assert (len(FakeWorker.made), await sampled_by(pool, "a")) == (2, "rollout-1")
     await pool.close()
 
 
