@@ -57,8 +57,9 @@ $(VENV)/.locked-$(SET): requirements/$(SET).lock
 quickstart: setup
 	$(BIN)/sapo-ray quickstart configs/quickstart.yaml
 
+# Two processes: one for all that has real engines, one for the rest.
 test: setup
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

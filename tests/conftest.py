@@ -19,11 +19,21 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Servers of PostgreSQL are for the whole suite; the quick one has SQLite."""
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Servers of PostgreSQL are for the whole suite; the quick one has SQLite.
+
+    Where processes share the suite (`-n 2`), one of them runs all tests with real engines, which come first and have
+    one Ray; the others go file by file.
+    """
     for item in items:
         if "[postgresql" in item.nodeid:
             item.add_marker(pytest.mark.slow)
+    if config.getoption("dist", "no") == "loadgroup":
+        for item in items:
+            engines = item.get_closest_marker("integration") or item.get_closest_marker("gpu")
+            item.add_marker(pytest.mark.xdist_group("engines" if engines else item.path.name))
+        items.sort(key=lambda item: next(item.iter_markers("xdist_group")).args[0] != "engines")
 
 
 @pytest.fixture(scope="session")
