@@ -9,13 +9,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 from sapo_ray.config.spec import VerifierSpec
-from sapo_ray.errors import SapoRayError
+from sapo_ray.errors import SapoRayError, WorkerLost
 from sapo_ray.verifier.child import GradingProcess
 
 log = logging.getLogger(__name__)
 
 LAUNCH_ATTEMPTS = 3
-"""Starts in a row that may fail before the items that wait are given up."""
+"""Starts in a row that may fail before the items that wait are given up, or the first start of all is."""
 
 
 class NoProcess(Exception):
@@ -39,12 +39,13 @@ class ProcessStock:
 
     async def start(self, count: int) -> list[GradingProcess]:
         """`count` processes to work with; the spare is ready too. Raises as GradingProcess.launch does."""
-        results = await asyncio.gather(*[self._launch() for _ in range(count + 1)], return_exceptions=True)
-        for result in results:
+        launches = [self._launch_again() for _ in range(count + 1)]
+        working: list[GradingProcess] = []
+        for result in await asyncio.gather(*launches, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
-        spare, *working = self.living
-        self._spares.append(_task(_as_it_is(spare)))
+            working.append(result)
+        self._spares.append(_task(_as_it_is(working.pop())))
         return working
 
     async def fresh(self) -> GradingProcess:
@@ -88,6 +89,15 @@ class ProcessStock:
         for process in self._processes:
             process.kill()
         await asyncio.gather(*[self._reap(process) for process in list(self._processes)])
+
+    async def _launch_again(self) -> GradingProcess:
+        """As _launch; one that ends while it starts was killed, most often, so others are tried in its place."""
+        for _ in range(LAUNCH_ATTEMPTS - 1):
+            try:
+                return await self._launch()
+            except WorkerLost as error:
+                log.warning("%s", error)
+        return await self._launch()
 
     async def _launch(self) -> GradingProcess:
         process = await GradingProcess.launch(self._spec, shortcuts=self._shortcuts)

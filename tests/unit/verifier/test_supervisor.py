@@ -272,6 +272,30 @@ async def test_a_verifier_that_cannot_work_says_so_at_start(
     assert processes.stats().live == 0
 
 
+@pytest.mark.parametrize("kills", [1, 2, 3])
+async def test_a_process_that_is_killed_while_it_starts_is_started_again_twice(misbehaving: str, kills: int) -> None:
+    this = psutil.Process()
+    others, killed = set(this.children(recursive=True)), set[psutil.Process]()
+    processes = GradingProcesses(VerifierSpec(processes=1, reward=misbehaving))
+    starting = asyncio.create_task(processes.start())
+    while not starting.done():
+        started = set(this.children()) - others - killed
+        if len(started) == 2 and len(killed) < 2 * kills:  # the one that works, and the spare
+            for process in started:
+                process.kill()
+            killed |= started
+        await asyncio.sleep(0.01)
+    if kills < 3:
+        await starting
+        assert processes.stats().live == 2
+        assert verdicts(await processes.grade_many(said("5"))) == [("correct", "reward")]
+    else:
+        with pytest.raises(WorkerLost, match=r"ended while starting \(killed by SIGKILL\)"):
+            await starting
+    await processes.close()
+    assert set(this.children(recursive=True)) <= others
+
+
 async def test_when_no_process_can_be_started_any_more_gradings_end_in_an_error(
     misbehaving: str, tmp_path: Path
 ) -> None:
