@@ -5,6 +5,7 @@ jobs.py         submit jobs get watch ...       jobs on a service (SAPO_URL, SAP
 logs.py         logs
 diagnose.py     diagnose                        what is the matter with a job, or a run
 service.py      serve migrate keys datasets ...  the service itself
+doctor.py       doctor                          what the service and its jobs stand on
 quickstart.py   quickstart                      a service for one job, from start to end
 tools.py        gates grade                     parts by themselves
 """
@@ -18,7 +19,7 @@ from typing import Annotated
 import typer
 
 from sapo_ray import __version__
-from sapo_ray.cli import auditing, diagnose, jobs, logs, quickstart, service, tools, training
+from sapo_ray.cli import auditing, diagnose, doctor, jobs, logs, quickstart, service, tools, training
 
 RUNS = "One job on this machine"
 JOBS = "Jobs on a service (SAPO_URL, SAPO_API_KEY)"
@@ -51,7 +52,10 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         *(jobs.submit, jobs.jobs, jobs.get, jobs.watch, diagnose.diagnose, logs.logs, jobs.samples, jobs.export),
         *(jobs.pause, jobs.cancel, jobs.checkpoint, jobs.scale, jobs.delete),
     ),
-    SERVICE: (service.serve, service.migrate, service.apply_cluster, quickstart.quickstart, service.models),
+    SERVICE: (
+        *(service.serve, service.migrate, service.apply_cluster, quickstart.quickstart, service.models),
+        doctor.doctor,
+    ),
     TOOLS: (tools.gates, tools.grade),
 }
 for panel, commands in PANELS.items():

@@ -18,6 +18,9 @@ import pytest
 from sapo_ray.control.embedded import EmbeddedRay
 from sapo_ray.control.embedded_processes import Record, processes_of
 from sapo_ray.control.launcher import LauncherUnavailable, LaunchRequest, LaunchStatus, RayJobs
+from sapo_ray.control.settings import load_settings
+from sapo_ray.doctor import CHECKS
+from sapo_ray.doctor import cluster as doctor_cluster
 
 pytestmark = pytest.mark.integration
 
@@ -60,6 +63,44 @@ def test_a_submission_runs_to_its_end_and_its_output_can_be_read(jobs: RayJobs) 
     jobs.submit_command("sapo-good-1", python("print('Grüße', 6 * 7)"))
     assert ended(jobs, "sapo-good-1").state == "SUCCEEDED"
     assert "Grüße 42" in jobs.logs("sapo-good-1")
+
+
+def test_the_doctor_looks_at_the_nodes_from_within(cluster: EmbeddedRay, tmp_path: Path) -> None:
+    """The whole way: a marker on storage, a job on the head, a task on each node, a sum, and everything away again."""
+    settings = load_settings(
+        data_dir=tmp_path,
+        ray_jobs_url=cluster.url,
+        ray_auth_token=cluster.token,
+        driver_python=sys.executable,
+        control_url=cluster.url + "/nothing",
+    )
+    found = list(doctor_cluster.look(settings, CHECKS))
+    told = {(one.check, one.where.split()[0]): one for one in found}
+    assert ("shm", "node") in told, found
+    assert told.pop(("shm", "node")).status in ("ok", "warning")  # as the machine has it
+    assert {place: one.status for place, one in told.items()} == {
+        ("versions", "head"): "ok",
+        ("dns", "head"): "failed",  # nobody serves jobs there
+        ("versions", "node"): "ok",
+        ("storage", "node"): "ok",
+        ("gpu", "node"): "skipped",
+        ("clock", "node"): "ok",
+        ("nccl", "cluster"): "ok",
+    }
+    assert "SAPO_CONTROL_URL" in told["dns", "head"].remedy
+    assert "torch 2.13.0" in told["versions", "node"].detail
+    assert told["nccl", "cluster"].detail.startswith("gloo among 1 nodes without GPUs: a sum of 4 MiB took")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interpreter_without_this_package_is_told_by_the_doctor(cluster: EmbeddedRay, tmp_path: Path) -> None:
+    settings = load_settings(
+        data_dir=tmp_path, ray_jobs_url=cluster.url, ray_auth_token=cluster.token, driver_python="/usr/bin/no-python"
+    )
+    (found,) = doctor_cluster.look(settings, ["versions"])
+    assert (found.check, found.status, found.where) == ("ray", "failed", "cluster")
+    assert "no-python" in found.detail
+    assert "SAPO_DRIVER_PYTHON" in found.remedy
 
 
 def test_a_second_submission_of_an_id_starts_nothing(jobs: RayJobs, tmp_path: Path) -> None:

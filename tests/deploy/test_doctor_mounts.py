@@ -1,0 +1,89 @@
+"""The doctor on file systems that are read-only, full or too small: really mounted, in a mount namespace."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sapo_ray.doctor.storage import check_storage
+
+SKIP = 77
+
+
+def mounted(tmp_path: Path, mounts: str, *arguments: str) -> tuple[int, dict[str, str]]:
+    """Exit code and the finding of `doctor`, run where these mounts are made; they end with the process."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare: nothing can be mounted for a test")
+    doctor = f"exec {sys.executable} -m sapo_ray.cli doctor --json {' '.join(arguments)}"
+    script = f"mount --make-rprivate / && {mounts} || exit {SKIP}\n{doctor}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    if done.returncode == SKIP or "unshare failed" in done.stderr or "Operation not permitted" in done.stderr:
+        pytest.skip(f"this machine lets nothing be mounted: {done.stderr.strip()[-200:]}")
+    (finding,) = json.loads(done.stdout)["findings"]
+    return done.returncode, finding
+
+
+def test_a_volume_mounted_read_only_fails(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    mount = f"mount -t tmpfs -o ro,size=16m none {tmp_path}/data"
+    code, found = mounted(tmp_path, mount, "--only", "storage", "--data-dir", f"{tmp_path}/data")
+    assert (code, found["status"]) == (1, "failed")
+    assert "making a folder failed (Read-only file system)" in found["detail"]
+    assert "mount it with write access" in found["remedy"]
+
+
+def test_a_full_volume_fails_while_it_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    mount = f"mount -t tmpfs -o size=256k none {tmp_path}/data"
+    code, found = mounted(tmp_path, mount, "--only", "storage", "--data-dir", f"{tmp_path}/data")
+    assert (code, found["status"]) == (1, "failed")
+    assert "(No space left on device)" in found["detail"]
+    assert "the volume is full" in found["remedy"]
+
+
+def test_the_shared_memory_that_containers_have_by_default_fails(tmp_path: Path) -> None:
+    code, found = mounted(tmp_path, "mount -t tmpfs -o size=64m none /dev/shm", "--only", "shm")
+    assert (code, found["status"]) == (1, "failed")
+    assert found["detail"].startswith("/dev/shm has 64 MiB")
+    assert "--shm-size" in found["remedy"]
+    assert "medium Memory" in found["remedy"]
+
+
+def test_shared_memory_that_is_small_beside_the_memory_is_a_warning(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory < 6 << 30:
+        pytest.skip("this machine's memory is so small that 1100 MiB are enough")
+    code, found = mounted(tmp_path, "mount -t tmpfs -o size=1100m none /dev/shm", "--only", "shm")
+    assert (code, found["status"]) == (0, "warning")
+
+
+def test_a_folder_of_somebody_elses_fails_with_the_users_number(tmp_path: Path) -> None:
+    """Root may write everywhere, so it is asked as nobody."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody else")
+    folder = tmp_path / "theirs"
+    folder.mkdir(mode=0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        found = check_storage(folder, 0.0)
+    finally:
+        os.seteuid(0)
+    assert found.status == "failed"
+    assert "Permission denied" in found.detail
+    assert "10001" in found.remedy
