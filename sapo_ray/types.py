@@ -259,6 +259,8 @@ class WorkerCount:
     """If some are pending: what the cluster has no room for, in words."""
     last_loss: str
     """Why a worker was lost last."""
+    nodes: tuple[str, ...] = ()
+    """Hosts of those that were started, each once: nodes that cannot be given back."""
 
 
 def sampling_seed(job_seed: int, prompt_id: str, sample_index: int) -> int:

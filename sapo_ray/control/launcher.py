@@ -7,16 +7,17 @@ there and nothing is started twice. Ray's own client is not used: it has no time
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sapo_ray.control.answers import TooLarge, last_line, read, shown
 from sapo_ray.errors import SapoRayError
 
 CONNECT_S = 3.0
@@ -48,8 +49,20 @@ class LauncherUnavailable(SapoRayError):
     """
 
 
+class ClusterUnavailable(LauncherUnavailable):
+    """The cluster of this one driver does not answer; those of others may."""
+
+
+class NotStarted(SapoRayError):
+    """The driver's own cluster is still being made: submit again. The message is for the tenant too."""
+
+
 class LaunchRefused(SapoRayError):
-    """Ray answered that it will not run this; asking again would change nothing. For the log; tenants get REFUSED."""
+    """Asking again would change nothing: the driver will not be run. The message is for the log; tenants get `told`."""
+
+    def __init__(self, message: str, told: str = REFUSED) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +77,13 @@ class LaunchRequest:
     """Where the driver reports, as seen from the cluster."""
     token_file: Path
     """Holds the driver's token; only its path is passed on, because Ray shows entrypoints and environments."""
+    tenant: str = ""
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    """The job as it is stored; a cluster of its own is sized by it."""
+    workers: int = 1
+    """Rollout workers wanted now."""
+    least_workers: int = 1
+    """Rollout workers with which the job can begin."""
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -85,10 +105,13 @@ class Launcher(Protocol):
     """What the reconciler needs of a cluster. All calls are bounded and raise LauncherUnavailable."""
 
     def ping(self) -> None:
-        """Return if the cluster answers."""
+        """Return if the cluster"""
 
     def submit(self, request: LaunchRequest) -> None:
-        """Start a driver. Idempotent: an id that is there already is success. Raises LaunchRefused."""
+        """Start a driver. Idempotent: an id that is there already is success.
+
+        Raises LaunchRefused; NotStarted while there is nothing yet on which it could run: then call it again.
+        """
 
     def status(self, submission_id: str) -> LaunchStatus:
         """What became of a submission; UNKNOWN if the cluster has never heard of it."""
@@ -98,6 +121,31 @@ class Launcher(Protocol):
 
     def logs(self, submission_id: str) -> str:
         """What the driver printed so far; empty if there is nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnCluster:
+    """A cluster that was made for one driver."""
+
+    submission_id: str
+    job_id: str
+    attempt: int
+
+
+class ClusterLauncher(Launcher, Protocol):
+    """A launcher that makes a cluster for each driver. All calls are bounded and raise LauncherUnavailable."""
+
+    def clusters(self) -> list[OwnCluster]:
+        """Those that there are."""
+
+    def remove(self, submission_id: str) -> None:
+        """Delete a driver's cluster with all that runs in it; returns at once. Nothing to do if there is none."""
+
+    def scale(self, submission_id: str, workers: int, busy: Collection[str] | None) -> str | None:
+        """Bring the rollout nodes to those that so many workers need. Returns why some are not there yet, or None.
+
+        `busy` are the hosts on which workers are; only others are taken away. None: not known, none is.
+        """
 
 
 class RayJobs:
@@ -111,7 +159,11 @@ class RayJobs:
         self._python = python
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=httpx.Timeout(CALL_S, connect=CONNECT_S), trust_env=False
+            base_url=url,
+            headers=headers,
+            timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
+            trust_env=False,
+            verify=url.startswith("https:"),  # certificates take long to load, and there is a client for each cluster
         )
 
     def __enter__(self) -> Self:
@@ -127,7 +179,7 @@ class RayJobs:
         self._http.close()
 
     def ping(self) -> None:
-        """Return if the dashboard answers."""
+        """Return if the dashboard"""
         self._call("GET", "/api/version")
 
     def entrypoint(self, request: LaunchRequest) -> str:
@@ -155,8 +207,8 @@ class RayJobs:
         if self.status(submission_id).state != "UNKNOWN":
             return
         if answer.status_code == 400:
-            raise LaunchRefused(f"Ray refused to start {submission_id}: {_last_line(answer.text)}")
-        raise LauncherUnavailable(f"Ray could not start {submission_id}: {_last_line(answer.text)}")
+            raise LaunchRefused(f"Ray refused to start {submission_id}: {last_line(answer.text)}")
+        raise LauncherUnavailable(f"Ray could not start {submission_id}: {last_line(answer.text)}")
 
     def status(self, submission_id: str) -> LaunchStatus:
         """What became of a submission; see Launcher."""
@@ -186,15 +238,17 @@ class RayJobs:
     ) -> httpx.Response:
         try:
             with self._http.stream(method, path, json=json) as coming:
-                answer = _read(coming, most)
+                answer = read(coming, most)
+        except TooLarge as error:
+            raise LauncherUnavailable(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise LauncherUnavailable(
-                f"Ray's Jobs API at {_shown(self._http.base_url)} cannot be reached ({type(error).__name__}: {error}); "
+                f"Ray's Jobs API at {shown(self._http.base_url)} cannot be reached ({type(error).__name__}: {error}); "
                 "is the cluster up, and SAPO_RAY_JOBS_URL its dashboard?"
             ) from error
         if not answer.is_success and answer.status_code not in accept:
             raise LauncherUnavailable(
-                f"{method} {_shown(answer.request.url)} answered {answer.status_code}: {_last_line(answer.text)}"
+                f"{method} {shown(answer.request.url)} answered {answer.status_code}: {last_line(answer.text)}"
             )
         return answer
 
@@ -204,7 +258,7 @@ def _is_absent(answer: httpx.Response) -> bool:
     if answer.status_code != 404:
         return False
     if "does not exist" not in answer.text:  # not Ray's dashboard, or one whose job module has died
-        raise LauncherUnavailable(f"{_shown(answer.request.url)} answered 404: {_last_line(answer.text)}")
+        raise LauncherUnavailable(f"{shown(answer.request.url)} answered 404: {last_line(answer.text)}")
     return True
 
 
@@ -228,25 +282,7 @@ def _parse(answer: httpx.Response, shape: type[_Shape]) -> _Shape:
     try:
         return shape.model_validate_json(answer.content)
     except ValidationError as error:
-        raise LauncherUnavailable(f"{_shown(answer.request.url)} answered what is not Ray's: {error}") from error
-
-
-def _read(coming: httpx.Response, most: int) -> httpx.Response:
-    """The whole answer. Raises LauncherUnavailable for one of more than `most` bytes, before it fills the memory."""
-    parts: list[bytes] = []
-    size = 0
-    for part in coming.iter_bytes():
-        size += len(part)
-        if size > most:
-            raise LauncherUnavailable(f"{_shown(coming.request.url)} answered with more than {most} bytes")
-        parts.append(part)
-    headers = [pair for pair in coming.headers.multi_items() if pair[0] == "content-type"]
-    return httpx.Response(coming.status_code, headers=headers, content=b"".join(parts), request=coming.request)
-
-
-def _shown(url: httpx.URL) -> str:
-    """An address as it may be logged: without user and password."""
-    return str(url.copy_with(username=None, password=None))
+        raise LauncherUnavailable(f"{shown(answer.request.url)} answered what is not Ray's: {error}") from error
 
 
 def _tail(text: str) -> str:
@@ -254,8 +290,3 @@ def _tail(text: str) -> str:
     first, *rest = text.strip().splitlines() or [""]
     last = "\n".join(rest[-MESSAGE_LINES:])[-MESSAGE_CHARS:]
     return f"{first[:200]}\n{last}" if last else first[:MESSAGE_CHARS]
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1][:500] if lines else "(empty)"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,8 @@ from sapo_ray.control.access import first_admin_key
 from sapo_ray.control.app import create_app
 from sapo_ray.control.embedded import EmbeddedRay, Stopped
 from sapo_ray.control.http import configured
-from sapo_ray.control.launcher import RayJobs
+from sapo_ray.control.launcher import Launcher
+from sapo_ray.control.launchers import launchers, wants_own_ray
 from sapo_ray.control.reconciler import Hooks, Limits, Reconciler
 from sapo_ray.control.reconciler.standing_down import stand_down
 from sapo_ray.control.service import Control
@@ -95,23 +95,23 @@ def serve(over: Mapping[str, Any] | None = None) -> None:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         listening = parts.enter_context(_listen(settings))
         settings = _reachable(settings, listening)
-        cluster = parts.enter_context(_own_cluster(settings, ending)) if _wants_own(settings) else None
+        cluster = parts.enter_context(_own_cluster(settings, ending)) if wants_own_ray(settings) else None
         if ending.asked.is_set():
             return
         store = Store(settings.database_url)
         parts.callback(store.close)
         store.migrate()
         secret = first_admin_key(store, settings)
-        launcher = parts.enter_context(
-            RayJobs(
-                cluster.url if cluster else settings.ray_jobs_url,
-                python=settings.driver_python or (sys.executable if cluster else "python"),
-                token=_token(settings, cluster),
-            )
-        )
+        using = parts.enter_context(launchers(settings, cluster))
+        launcher = using.launcher
         app = create_app(settings, store, launcher)
         reconciler = Reconciler(
-            store, launcher, limits_of(settings), control_url=settings.control_url, hooks=_metrics(app)
+            store,
+            launcher,
+            limits_of(settings),
+            control_url=settings.control_url,
+            hooks=_metrics(app),
+            clusters=using.clusters,
         )
         _say(settings, listening, secret)
         _run(app, listening, store, launcher, reconciler, cluster, ending)
@@ -127,6 +127,7 @@ def limits_of(settings: Settings) -> Limits:
         pause_grace_s=settings.pause_grace_s,
         cancel_grace_s=settings.cancel_grace_s,
         lease_s=settings.lease_s,
+        keep_clusters_s=settings.cluster_keep_s,
         tick_s=settings.reconcile_interval_s,
     )
 
@@ -135,7 +136,7 @@ def _run(
     app: FastAPI,
     listening: socket.socket,
     store: Store,
-    launcher: RayJobs,
+    launcher: Launcher,
     reconciler: Reconciler,
     cluster: EmbeddedRay | None,
     ending: Ending,
@@ -185,7 +186,7 @@ def _mind(cluster: EmbeddedRay, ending: Ending) -> None:
         ending.asked.wait(10.0)
 
 
-def _stand_down(store: Store, launcher: RayJobs, reconciler: Reconciler, ending: Ending) -> None:
+def _stand_down(store: Store, launcher: Launcher, reconciler: Reconciler, ending: Ending) -> None:
     try:
         left = stand_down(store, launcher, reconciler.holder, STAND_DOWN_S, ending.hurry)
     except SapoRayError as error:
@@ -193,16 +194,6 @@ def _stand_down(store: Store, launcher: RayJobs, reconciler: Reconciler, ending:
         return
     if left:
         log.warning("drivers_left", jobs=left)
-
-
-def _token(settings: Settings, cluster: EmbeddedRay | None) -> str | None:
-    if cluster is not None:
-        return cluster.token
-    return settings.ray_auth_token.get_secret_value() if settings.ray_auth_token else None
-
-
-def _wants_own(settings: Settings) -> bool:
-    return "ray_jobs_url" not in settings.model_fields_set
 
 
 @contextmanager

@@ -19,6 +19,8 @@ Globs = Annotated[list[str], NoDecode]
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 MEBI = 1 << 20
+ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where a pod finds its service account."""
 
 
 class Settings(BaseSettings):
@@ -41,7 +43,8 @@ class Settings(BaseSettings):
     ray_jobs_url: str = "http://127.0.0.1:8265"
     """Ray dashboard, whose Jobs API starts the drivers; if it is not set at all, a Ray is started on this machine."""
     ray_auth_token: SecretStr | None = None
-    """Token of the cluster at ray_jobs_url, if it runs with Ray's token authentication."""
+    """Token of the cluster at ray_jobs_url, if it runs with Ray's token authentication; from it the tokens of jobs' own
+    clusters are derived, which need it."""
     driver_python: str = ""
     """Interpreter that starts drivers on the head node; if empty `python`, for a Ray started here this one."""
     secrets_dir: Path | None = None
@@ -65,7 +68,22 @@ class Settings(BaseSettings):
     allow_outputs: Globs = []
     """Which output.uri jobs may name: URLs and absolute folders, as `s3://models/*,/outputs/*`; none unless listed."""
     shared_cluster: bool = True
-    """Jobs of all tenants share one cluster and so trust each other: own code is refused once there are two tenants."""
+    """Drivers of all tenants run in one cluster, and so trust each other: own code is refused once there are two
+    tenants. If false, each job has a RayCluster of its own, made through the Kubernetes API."""
+    cluster_template: Path | None = None
+    """RayCluster (YAML or JSON) from which jobs' own clusters are made; needed if shared_cluster is false."""
+    cluster_deadline_s: Seconds = 1800.0
+    """A job whose own cluster has not the nodes that it needs so long after it was made, fails."""
+    cluster_keep_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long a job's own cluster is kept after its driver's end, for a look at it; it holds its nodes meanwhile."""
+    kube_url: str = ""
+    """Kubernetes API for jobs' own clusters; if empty, that of the cluster in which the service itself runs."""
+    kube_account_dir: Path = ACCOUNT_DIR
+    """Folder with `token`, `ca.crt` and `namespace` of the service account; read anew, as the kubelet renews them."""
+    kube_namespace: str = ""
+    """Namespace of jobs' own clusters; if empty, that of the service account."""
+    kube_owner: str = ""
+    """Deployment of this service: its jobs' own clusters bear its name, and are deleted with it."""
 
     max_running_per_tenant: Count = 4
     """Jobs of a tenant that may run at once; others wait in the queue."""

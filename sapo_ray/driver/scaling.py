@@ -126,7 +126,7 @@ class Scaling:
         self._said = count
         self._changed()
         numbers = {name: getattr(count, name) for name in NUMBERS}
-        self._journal.event("workers", **numbers)
+        self._journal.event("workers", **numbers, nodes=list(count.nodes))
         self._begun = self._begun or count.ready >= self._order.least
         reached = count.ready >= count.wanted - count.given_up and not count.draining
         self._moving = self._moving and not reached

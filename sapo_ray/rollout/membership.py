@@ -137,6 +137,7 @@ class Membership(Supervised):
             given_up=len(self._given_up),
             asked=self._asked() if WorkerState.PENDING in states else "",
             last_loss=str(self._last_loss or ""),
+            nodes=tuple(sorted({info.address for info in self.workers() if info.address})),
         )
 
     def scale(self, workers: int, minimum: int) -> None:

@@ -14,10 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from kube_world import JOB, kube_world, request
 
-from sapo_ray.control.embedded import EmbeddedRay
+from sapo_ray.control.embedded import TOKEN, EmbeddedRay
 from sapo_ray.control.embedded_processes import Record, processes_of
-from sapo_ray.control.launcher import LauncherUnavailable, LaunchRequest, LaunchStatus, RayJobs
+from sapo_ray.control.kube import KubeClient, KubeClusters
+from sapo_ray.control.kube.identity import Identity
+from sapo_ray.control.kube.making import Options
+from sapo_ray.control.launcher import LauncherUnavailable, LaunchRequest, LaunchStatus, NotStarted, RayJobs
 from sapo_ray.control.settings import load_settings
 from sapo_ray.doctor import CHECKS
 from sapo_ray.doctor import cluster as doctor_cluster
@@ -25,6 +29,7 @@ from sapo_ray.doctor import cluster as doctor_cluster
 pytestmark = pytest.mark.integration
 
 NEVER = threading.Event()
+SECRET, NAME = "s" * 64, f"sapo-{JOB}-1"
 
 
 def python(code: str) -> str:
@@ -45,7 +50,10 @@ def ended(jobs: RayJobs, id: str) -> LaunchStatus:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRay]:
-    cluster = EmbeddedRay(tmp_path_factory.mktemp("cluster"))
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / TOKEN).write_text(Identity(service="sapo", secret=SECRET).token(NAME))
+    (folder / TOKEN).chmod(0o600)
+    cluster = EmbeddedRay(folder)
     cluster.start(NEVER)
     yield cluster
     cluster.end()
@@ -167,6 +175,28 @@ def test_a_driver_is_started_with_its_tokens_path_alone(jobs: RayJobs, tmp_path:
         *["-m", "sapo_ray.driver.main", "--job", "job", "--attempt", "1"],
         *["--control", "http://127.0.0.1:1", "--token-file", str(tmp_path / "token")],
     ]
+
+
+def test_a_driver_is_started_in_a_cluster_of_its_own_with_the_token_that_was_made_for_it(
+    cluster: EmbeddedRay, tmp_path: Path
+) -> None:
+    with kube_world(tmp_path) as kube:
+        launcher = KubeClusters(
+            KubeClient(kube.kube.url, kube.account),
+            Options(template=kube.template, secret=SECRET, owner="sapo", python=sys.executable),
+            address=lambda found: cluster.url if found.get("status") else "",
+        )
+        with launcher:
+            with pytest.raises(NotStarted):
+                launcher.submit(request())
+            kube.operator.work()
+            assert kube.operator.token(NAME) == cluster.token
+            assert launcher.status(NAME).state == "UNKNOWN"
+            launcher.submit(request())
+            launcher.submit(request())
+            until("the driver's end", lambda: launcher.status(NAME).over)
+            assert launcher.status(NAME).state == "FAILED"
+            assert f"/data/runs/{JOB}/.token-1" in launcher.logs(NAME)  # where it looked for its token
 
 
 def test_ray_gone_is_told_and_a_new_head_serves_at_the_same_address(cluster: EmbeddedRay, jobs: RayJobs) -> None:

@@ -14,7 +14,7 @@ from typing import assert_never
 import structlog
 from sqlalchemy.orm import Session
 
-from sapo_ray.control.launcher import REFUSED, Launcher, LaunchRefused, LaunchRequest
+from sapo_ray.control.launcher import Launcher, LaunchRefused, LaunchRequest
 from sapo_ray.control.reconciler import conditions, queries, remains
 from sapo_ray.control.reconciler.actions import (
     Action,
@@ -67,7 +67,7 @@ class Acting:
         self._clock = clock
 
     def do(self, action: Action, seen: Seen, lease: Lease) -> None:
-        """Carry out `action`. Raises Changed, LeaseLost, StoreUnavailable, LauncherUnavailable, OSError."""
+        """Carry out `action`. Raises Changed, NotStarted, LeaseLost, StoreUnavailable, LauncherUnavailable, OSError."""
         if not isinstance(action, Wait):
             log.info("reconcile", job_id=seen.job.id, state=seen.job.state, action=repr(action)[:500])
         match action:
@@ -110,12 +110,21 @@ class Acting:
 
     def _submit(self, seen: Seen, lease: Lease) -> None:
         job, attempt = seen.job, _attempt(seen)
+        with self._store.read() as s:
+            row = jobs.get_job(s, None, job.id)
+            if row is None:
+                raise Changed
+            spec, workers, least = row.spec, row.scale_target, row.scale_min
         request = LaunchRequest(
             submission_id=attempt.submission_id,
             job_id=job.id,
             attempt=attempt.number,
             control_url=self._control_url,
             token_file=token_file(job.run_dir, attempt.number),
+            tenant=job.tenant,
+            spec=spec,
+            workers=workers,
+            least_workers=least,
             metadata={"sapo_job": job.id, "sapo_attempt": str(attempt.number), "sapo_tenant": job.tenant},
         )
         self._still_ours(lease)
@@ -124,8 +133,8 @@ class Acting:
         except LaunchRefused as error:
             log.warning("launch_refused", job_id=job.id, attempt=attempt.number, reason=str(error))
             with self._unchanged(seen, lease) as (s, row):
-                attempts.end_attempt(s, self._locked_attempt(s, seen), REFUSED)
-                _move(s, row, "failed", REFUSED)
+                attempts.end_attempt(s, self._locked_attempt(s, seen), error.told)
+                _move(s, row, "failed", error.told)
             return
         self._note_launched(seen, lease)
         self._hooks.launched(job.tenant)

@@ -36,6 +36,12 @@ class Limits:
     """Pause between two rounds over all jobs."""
     housekeeping_s: float = 30.0
     """Pause between two searches for files of discarded jobs."""
+    nodes_s: float = 5.0
+    """Pause between two looks at the nodes of a driver's own cluster."""
+    clusters_s: float = 10.0
+    """Pause between two searches for clusters whose driver is over."""
+    keep_clusters_s: float = 0.0
+    """How long such a cluster is kept."""
     sweep_s: float = 600.0
     """Pause between two sweeps of idempotency keys that are older than a day."""
 

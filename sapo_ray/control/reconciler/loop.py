@@ -18,7 +18,15 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy.orm import Session
 
-from sapo_ray.control.launcher import UNREACHABLE, Launcher, LauncherUnavailable, LaunchStatus
+from sapo_ray.control.launcher import (
+    UNREACHABLE,
+    ClusterLauncher,
+    ClusterUnavailable,
+    Launcher,
+    LauncherUnavailable,
+    LaunchStatus,
+    NotStarted,
+)
 from sapo_ray.control.reconciler import conditions, queries, remains
 from sapo_ray.control.reconciler.acting import Acting, Changed
 from sapo_ray.control.reconciler.actions import Stop, Wait
@@ -26,6 +34,8 @@ from sapo_ray.control.reconciler.admission import Admission
 from sapo_ray.control.reconciler.decision import decide
 from sapo_ray.control.reconciler.hooks import Hooks
 from sapo_ray.control.reconciler.limits import Limits
+from sapo_ray.control.reconciler.own_clusters import OwnClusters
+from sapo_ray.control.reconciler.telling import Telling
 from sapo_ray.control.reconciler.tokens import read_token
 from sapo_ray.control.reconciler.views import AttemptView, JobView, Seen
 from sapo_ray.control.store import (
@@ -63,8 +73,10 @@ class Reconciler:
         control_url: str,
         holder: str | None = None,
         hooks: Hooks | None = None,
+        clusters: ClusterLauncher | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`clusters` is the launcher again, if it makes a cluster for each driver."""
         self.holder = holder or new_holder()
         self._store = store
         self._launcher = launcher
@@ -73,6 +85,8 @@ class Reconciler:
         self._clock = clock
         self._watching_since = self._last_round = clock()
         self._acting = Acting(store, launcher, control_url, self._hooks, clock)
+        self._telling = Telling(store, clock)
+        self._clusters = OwnClusters(store, clusters, limits, clock)
         self._admission = Admission(store, self.holder, limits, self._hooks, clock)
         self._leases: dict[str, Lease] = {}
         self._unreachable: str | None = None
@@ -117,6 +131,7 @@ class Reconciler:
             self._housekeeping_due = self._clock() + self._limits.housekeeping_s
             self._discard_files()
             self._held = True  # another replica may have held jobs, and died
+        self._sweep_clusters()
         if self._clock() >= self._sweep_due:
             self._sweep_due = self._clock() + self._limits.sweep_s
             self._sweep()
@@ -136,6 +151,7 @@ class Reconciler:
     def _reconcile(self, job_id: str) -> None:
         """Bring one job as far as it goes now."""
         lease: Lease | None = None
+        waiting: str | None = None
         for _ in range(STEPS_PER_ROUND):
             lease = self._lease(job_id)
             if lease is None:
@@ -151,19 +167,24 @@ class Reconciler:
             except LeaseLost:
                 self._leases.pop(job_id, None)
                 return
+            except NotStarted as error:
+                waiting = str(error)
+                break
             except LauncherUnavailable as error:
                 if self._unreachable is None:
                     log.warning("launcher_unavailable", job_id=job_id, reason=str(error))
-                self._unreachable = str(error)
-                self._condition(job_id, lease, conditions.LAUNCHER_UNAVAILABLE, UNREACHABLE)
+                if not isinstance(error, ClusterUnavailable):  # others may be reached
+                    self._unreachable = str(error)
+                self._telling.hindered(job_id, lease, conditions.LAUNCHER_UNAVAILABLE, UNREACHABLE)
                 raise
             except OSError as error:
-                self._condition(job_id, lease, conditions.RUN_DIR_UNAVAILABLE, conditions.unusable(error))
+                self._telling.hindered(job_id, lease, conditions.RUN_DIR_UNAVAILABLE, conditions.unusable(error))
                 raise
             if isinstance(action, Wait | Stop):
+                waiting = self._clusters.follow(seen)
                 break
         if lease is not None:
-            self._clear_conditions(job_id, lease)
+            self._telling.free(job_id, lease, waiting)
 
     def _look(self, job_id: str) -> Seen | None:
         """Everything a decision needs; None if nothing can or need be decided."""
@@ -221,28 +242,6 @@ class Reconciler:
             log.info("launcher_back")
         return None
 
-    def _condition(self, job_id: str, lease: Lease, kind: str, reason: str) -> None:
-        with self._store.read() as s:
-            row = jobs.get_job(s, None, job_id)
-            if row is None or row.finished_at or conditions.is_raised(row, kind):
-                return
-        with self._store.begin() as s:
-            leases.check(s, lease)
-            row = jobs.get_job(s, None, job_id, lock=True)
-            if row is not None:
-                conditions.raise_condition(s, row, kind, reason, self._clock())
-
-    def _clear_conditions(self, job_id: str, lease: Lease) -> None:
-        with self._store.read() as s:
-            row = jobs.get_job(s, None, job_id)
-            if row is None or not conditions.has_ours(row):
-                return
-        with self._store.begin() as s:
-            leases.check(s, lease)
-            row = jobs.get_job(s, None, job_id, lock=True)
-            if row is not None:
-                conditions.clear_conditions(s, row)
-
     def _discard_files(self) -> None:
         """Files of jobs that were cancelled with `discard` while no driver ran."""
         with self._store.read() as s:
@@ -256,6 +255,13 @@ class Reconciler:
                         events.append_control_event(s, row, "discarded", what=dropped)
             except Exception as error:  # noqa: BLE001 - see tick
                 self._note_failure(error, job.id)
+
+    def _sweep_clusters(self) -> None:
+        if self._unreachable is None:
+            try:
+                self._clusters.sweep()
+            except Exception as error:  # noqa: BLE001 - see tick
+                self._note_failure(error)
 
     def _sweep(self) -> None:
         """Idempotency keys that are no longer kept; what is left over waits for the next sweep."""

@@ -101,6 +101,12 @@ async def test_an_order_with_the_same_target_and_another_minimum_reaches_the_poo
     assert [one for one in records if one["kind"] == "scaling"] == []
 
 
+async def test_the_hosts_of_workers_are_told_so_that_no_other_node_is_kept(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, rollouts=Counted(said=counted(ready=3, nodes=("node-a", "node-b"))))
+    (said,) = [one for one in await watched.until(("kind", "workers")) if one["kind"] == "workers"]
+    assert (said["ready"], said["draining"], said["nodes"]) == (3, 0, ["node-a", "node-b"])
+
+
 def counted(**numbers: Any) -> WorkerCount:
     nothing = dict.fromkeys(("ready", "starting", "pending", "draining", "given_up"), 0)
     return WorkerCount(**{"wanted": 3, "asked": "", "last_loss": "", **nothing, **numbers})

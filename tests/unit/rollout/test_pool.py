@@ -537,6 +537,22 @@ async def test_a_draining_worker_that_is_wanted_again_is_kept_and_takes_the_weig
     await pool.close()
 
 
+async def test_a_host_counts_as_long_as_a_worker_is_on_it() -> None:
+    pool = pool_of(3)
+    await pool.start()
+    for worker, host in zip(FakeWorker.made, ("b", "a", "a"), strict=True):
+        worker._info = {"address": host}
+    await pool.update(published(0))
+    assert pool.count().nodes == ("a", "b")
+    pool.scale(2, 1)
+    await settled(pool)
+    assert pool.count().nodes == ("a", "b")
+    FakeWorker.made[0].broken.set_result(WorkerLost("gone"))
+    await settled(pool)
+    assert pool.count().nodes == ("a",), "its replacement has not said where it is"
+    await pool.close()
+
+
 async def test_scaling_up_and_down_and_up_again_ends_at_the_number_wanted_whatever_is_still_starting() -> None:
     pool = pool_of(1)
     await pool.start()
