@@ -28,12 +28,16 @@ OF_THE_CHART = frozenset(
     {
         *("data_dir", "database_url", "secrets_dir", "admin_key", "host", "port", "control_url"),
         *("ray_jobs_url", "ray_auth_token", "metrics_port", "metrics_host"),
+        *("shared_cluster", "cluster_template", "cluster_network_policy"),
+        *("kube_url", "kube_account_dir", "kube_namespace", "kube_owner"),
     }
 )
 """Settings that the chart's own values decide."""
 HEAD = """\
 # {name}: made from the chart with deploy/values/{name}.yaml by `make chart`; edit there.
 # kubectl create namespace {release}; kubectl -n {release} apply -f deploy/kuberay/{name}.yaml
+"""
+AGAIN = """\
 # Applied again after a change, it takes back what Ray's autoscaler decided; the chart (ray.mode: managed) does not.
 """
 
@@ -93,7 +97,7 @@ def _cell(value: Any) -> str:
 def manifest(name: str) -> str:
     """The plain objects of an example, without those of `helm test`."""
     values = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
-    values["ray"]["mode"] = "static"
+    values["ray"].setdefault("mode", "static")
     with helm_python.Chart.load(CHART) as chart:
         texts = chart.render(values, name=NAME, namespace=NAME)
     objects = []
@@ -110,7 +114,8 @@ def manifest(name: str) -> str:
             del one["metadata"]["annotations"]
     objects = [one for one in objects if not one["metadata"]["name"].endswith("-test")]
     dumped = yaml.safe_dump_all(objects, sort_keys=False, width=120)
-    return HEAD.format(name=name, release=NAME) + "---\n" + dumped
+    again = AGAIN if any(one["kind"] == "RayCluster" for one in objects) else ""
+    return HEAD.format(name=name, release=NAME) + again + "---\n" + dumped
 
 
 def _pod_labels(thing: dict[str, Any]) -> dict[str, str]:

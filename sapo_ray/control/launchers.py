@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from sapo_ray.control.embedded import EmbeddedRay
 from sapo_ray.control.kube.client import KubeClient, in_cluster_url
-from sapo_ray.control.kube.clusters import KubeClusters, Options
+from sapo_ray.control.kube.clusters import KubeClusters
+from sapo_ray.control.kube.making import Options
 from sapo_ray.control.launcher import ClusterLauncher, Launcher, RayJobs
 from sapo_ray.control.settings import Settings
 from sapo_ray.errors import ConfigError
@@ -63,4 +64,6 @@ def _options(settings: Settings) -> Options:
         owner=settings.kube_owner,
         python=settings.driver_python or "python",
         deadline_s=settings.cluster_deadline_s,
+        network_policy=settings.cluster_network_policy,
+        tenant_folders=(settings.datasets_dir, settings.cache_dir),
     )

@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     """A job whose own cluster has not the nodes that it needs so long after it was made, fails."""
     cluster_keep_s: Annotated[float, Field(ge=0)] = 0.0
     """How long a job's own cluster is kept after its driver's end, for a look at it; it holds its nodes meanwhile."""
+    cluster_network_policy: bool = False
+    """Whether each job's own cluster has a NetworkPolicy by which its pods reach each other: for a namespace where
+    everything is denied that no policy allows."""
     kube_url: str = ""
     """Kubernetes API for jobs' own clusters; if empty, that of the cluster in which the service itself runs."""
     kube_account_dir: Path = ACCOUNT_DIR
@@ -170,6 +173,11 @@ class Settings(BaseSettings):
     def datasets_dir(self) -> Path:
         """Uploaded data sets, a folder per tenant."""
         return self.data_dir / "datasets"
+
+    @property
+    def cache_dir(self) -> Path:
+        """For what jobs in clusters of their own download, a folder per tenant."""
+        return self.data_dir / "cache"
 
     @property
     def trash_dir(self) -> Path:

@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from sapo_ray.config.load import resolve
+from sapo_ray.control.kube.identity import Identity
+from sapo_ray.control.kube.sizes import sizes_of
+from sapo_ray.control.kube.template import ClusterTemplate
+from sapo_ray.control.launcher import LaunchRequest
+
 helm = pytest.importorskip("helm_python", reason="no helm-python-sdk: the chart is rendered with the CPU set only")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +25,7 @@ CHART = ROOT / "helm" / "sapo-ray"
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "deploy" / "values").glob("*.yaml"))}
 MANIFESTS = ROOT / "deploy" / "kuberay"
 NAMESPACE = "rl"
+JOB = "job-" + "a" * 20
 Object = dict[str, Any]
 
 
@@ -63,14 +70,38 @@ def example(name: str) -> Object:
 
 
 def ray_cluster(objects: list[Object]) -> Object:
-    """The RayCluster, be it an object or a manifest that the service applies."""
+    """The RayCluster, be it an object, a manifest that the service applies, or one that it makes for a job."""
     for one in objects:
         if one["kind"] == "RayCluster":
             return one
         if one["kind"] == "ConfigMap" and "raycluster.json" in one["data"]:
             found: Object = json.loads(one["data"]["raycluster.json"])
             return found
+        if one["kind"] == "ConfigMap" and "job-cluster.json" in one["data"]:
+            return job_cluster(objects)
     raise LookupError("no RayCluster among the objects")
+
+
+def job_cluster(objects: list[Object], job: str = JOB) -> Object:
+    """The cluster that the service makes for a small job of tenant `research`, by what the chart gives it."""
+    template = ClusterTemplate(json.loads(one(objects, "ConfigMap", "-job-cluster")["data"]["job-cluster.json"]))
+    owner = service_identity(objects)
+    spec = resolve({"preset": "quickstart", "learner": {"ranks": 1}, "verifier": {"processes": 1}})
+    request = LaunchRequest(
+        submission_id=f"sapo-{job}-1",
+        job_id=job,
+        attempt=1,
+        control_url="http://control",
+        token_file=Path("/token"),
+        tenant="research",
+    )
+    return template.fill(owner.filling(request, sizes_of(spec, 1, 1, template), owners=[]))
+
+
+def service_identity(objects: list[Object]) -> Identity:
+    """By which the service knows its clusters."""
+    container = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    return Identity(service=environment(container)["SAPO_KUBE_OWNER"], secret="s")
 
 
 def one(objects: list[Object], kind: str, ending: str = "") -> Object:
@@ -124,6 +155,10 @@ FEATURES: dict[str, Object] = {
     },
     "static": {"ray": {"mode": "static"}},
     "external": {"ray": {"mode": "external", "external": {"jobsUrl": "http://ray:8265", "tokenSecret": "ray-token"}}},
+    "per_job": {
+        "ray": {"mode": "perJob", "auth": {"existingSecret": "ray-token"}},
+        "storage": {"sharedFolders": ["models"]},
+    },
     "fixed_size": {
         "ray": {"autoscaling": {"enabled": False}, "groups": {"rollout": {"min": 2}, "learner": {"min": 1}}}
     },
@@ -210,10 +245,13 @@ FEATURES: dict[str, Object] = {
 CONTRADICTIONS = {
     frozenset({"external", "kueue"}),
     frozenset({"external", "static"}),
+    frozenset({"external", "per_job"}),
+    *(frozenset({"per_job", name}) for name in ("redis", "no_token", "more_groups")),
     frozenset({"cpu", "more_groups"}),
     frozenset({"monitoring", "no_metrics"}),
     frozenset({"one_node", "claims"}),
 }
 """Pairs of features that must be refused, or overwrite each other."""
 ALL_ON = [name for name in FEATURES if not name.startswith("no_") and name not in ("external", "static", "cpu")]
-ALL_ON = [name for name in ALL_ON if name not in ("one_node", "fixed_size")]
+ALL_ON = [name for name in ALL_ON if name not in ("one_node", "fixed_size", "per_job")]
+ALL_ON_PER_JOB = [name for name in ALL_ON if name not in ("redis", "more_groups")] + ["per_job"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from chart_rendering import (
     ALL_ON,
+    ALL_ON_PER_JOB,
     CHART,
     EXAMPLES,
     FEATURES,
@@ -33,8 +34,10 @@ CASES: dict[str, Object] = {
     **{name: example(name) for name in EXAMPLES},
     **FEATURES,
     "all on": overlaid(*(FEATURES[name] for name in ALL_ON)),
+    "all on per job": overlaid(*(FEATURES[name] for name in ALL_ON_PER_JOB)),
 }
 WITH_RAY = [name for name in CASES if name != "external"]
+PER_JOB = [name for name in CASES if CASES[name].get("ray", {}).get("mode") == "perJob"]
 
 
 @pytest.mark.parametrize("name", WITH_RAY)
@@ -93,7 +96,8 @@ def test_no_container_is_root_writes_its_image_or_holds_a_kubernetes_token_it_do
             }, (pod, container["name"])
             assert "memory" in container["resources"]["limits"]
             mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
-            assert ("kube-account" in mounts) == (container["name"] == "apply-cluster")
+            asks = container["name"] == ("control" if name in PER_JOB else "apply-cluster")
+            assert ("kube-account" in mounts) == asks
 
 
 def test_the_autoscaler_alone_has_the_heads_account_and_jobs_code_beside_it_has_not() -> None:
@@ -172,7 +176,7 @@ def test_the_file_of_sqlite_lies_on_a_volume_of_its_own(monkeypatch: pytest.Monk
     assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
-@pytest.mark.parametrize("name", WITH_RAY)
+@pytest.mark.parametrize("name", sorted({*WITH_RAY} - {*PER_JOB}))
 def test_the_service_and_all_ray_pods_see_one_storage_at_one_path(name: str) -> None:
     objects = render(CASES[name])
     seen = set()

@@ -11,7 +11,7 @@ from types import ModuleType
 import kube_schemas
 import pytest
 import yaml
-from chart_rendering import CHART, EXAMPLES, MANIFESTS, ROOT, Object, one, pod_templates, render
+from chart_rendering import CHART, EXAMPLES, MANIFESTS, ROOT, Object, one, pod_templates, ray_cluster, render
 
 from sapo_ray import __version__
 from sapo_ray.control.serve import _metrics
@@ -38,7 +38,7 @@ def test_made_files_are_as_make_chart_writes_them(maker: ModuleType) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_plain_manifests_hold_valid_objects_of_their_own_release(name: str) -> None:
     objects: list[Object] = list(yaml.safe_load_all((MANIFESTS / f"{name}.yaml").read_text()))
-    assert "RayCluster" in {thing["kind"] for thing in objects}
+    assert ray_cluster(objects)
     things = objects + [{"apiVersion": "v1", "kind": "Pod", **pod} for _, pod in pod_templates(objects)]
     skipped = () if kube_schemas.has_crds() else ("RayCluster",)
     found = [problem for thing in things if thing["kind"] not in skipped for problem in kube_schemas.problems(thing)]

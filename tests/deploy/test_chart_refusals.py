@@ -40,6 +40,15 @@ SCHEMA: dict[str, tuple[Object, tuple[str, ...]]] = {
         {"ray": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis"}}},
         ("/ray/gcsFaultTolerance/redisAddress",),
     ),
+    "a setting that follows from ray.mode": (
+        {"control": {"settings": {"shared_cluster": False}}},
+        ("settings", "shared_cluster"),
+    ),
+    "a mode that does not exist": ({"ray": {"mode": "perjob"}}, ("/ray/mode", "perJob")),
+    "a folder outside of the storage": (
+        {"storage": {"sharedFolders": ["../etc"]}},
+        ("/storage/sharedFolders/0",),
+    ),
     "an empty peer, which is everybody": ({"networkPolicy": {"apiFrom": [{}]}}, ("/networkPolicy/apiFrom/0",)),
 }
 CHECKS: dict[str, tuple[Object, tuple[str, ...]]] = {
@@ -113,6 +122,42 @@ CHECKS: dict[str, tuple[Object, tuple[str, ...]]] = {
     "two clusters": (
         {"ray": {"external": {"jobsUrl": "http://a:1"}}},
         ("ray.external.jobsUrl: is set, but ray.mode is managed",),
+    ),
+    "clusters without a token": (
+        {"ray": {"mode": "perJob"}},
+        ("ray.auth: with ray.mode=perJob", "ray.auth.existingSecret", "kubectl -n rl create secret generic"),
+    ),
+    "clusters that need none": (
+        overlaid(FEATURES["per_job"], FEATURES["no_token"]),
+        ("ray.auth: with ray.mode=perJob", "ray.auth.enabled=true"),
+    ),
+    "a Redis for heads that are not mended": (
+        overlaid(FEATURES["per_job"], FEATURES["redis"]),
+        ("ray.gcsFaultTolerance.enabled: is true", "set it to false"),
+    ),
+    "Kueue that would suspend what is scaled": (
+        overlaid(FEATURES["per_job"], {"kueue": {"queue": "gpus"}}),
+        ("kueue.elastic: is false", "ElasticJobsViaWorkloadSlices", "leave kueue.queue empty"),
+    ),
+    "a second group of a role": (
+        overlaid(FEATURES["per_job"], FEATURES["more_groups"]),
+        ("ray.groups.rollout-big: with ray.mode=perJob", "move its values to ray.groups.rollout", "=null"),
+    ),
+    "no verifier in jobs' clusters": (
+        overlaid(FEATURES["per_job"], {"ray": {"groups": {"verifier": None}}}),
+        ("no node can have the role verifier", "max of 1 or more"),
+    ),
+    "folders that jobs may not share": (
+        overlaid(FEATURES["per_job"], {"storage": {"sharedFolders": ["models", "datasets/team-a"]}}),
+        ("storage.sharedFolders: datasets/team-a", "name another folder"),
+    ),
+    "shared folders where everything is": (
+        {"storage": {"sharedFolders": ["models"]}},
+        ("storage.sharedFolders: is for ray.mode=perJob, and ray.mode is managed", "leave it empty"),
+    ),
+    "a cluster of yours and one for each job": (
+        overlaid(FEATURES["external"], FEATURES["per_job"]),
+        ("ray.external.jobsUrl: is set, but ray.mode is perJob",),
     ),
     "an Ingress without host": (
         {"control": {"ingress": {"enabled": True}}, "networkPolicy": {"enabled": False}},

@@ -10,6 +10,7 @@ import kube_schemas
 import pytest
 from chart_rendering import (
     ALL_ON,
+    ALL_ON_PER_JOB,
     CHART,
     CONTRADICTIONS,
     EXAMPLES,
@@ -29,6 +30,7 @@ SINGLES: dict[str, Object] = {
     **{f"example {name}": example(name) for name in EXAMPLES},
     **{f"feature {name}": values for name, values in FEATURES.items()},
     "all on": overlaid(*(FEATURES[name] for name in ALL_ON)),
+    "all on per job": overlaid(*(FEATURES[name] for name in ALL_ON_PER_JOB)),
 }
 _SEEN: set[tuple[str, str]] = set()
 
@@ -48,9 +50,10 @@ def check(objects: list[Object], version: str) -> None:
 
 
 def applied(objects: list[Object]) -> list[Object]:
-    """The RayCluster, if it is a manifest that the service applies."""
-    manifests = [one for one in objects if one["kind"] == "ConfigMap" and "raycluster.json" in one["data"]]
-    return [json.loads(one["data"]["raycluster.json"]) for one in manifests]
+    """The RayCluster, if it is the service that makes it."""
+    kept = {"raycluster.json", "job-cluster.json"}
+    manifests = [one for one in objects if one["kind"] == "ConfigMap" and kept & one["data"].keys()]
+    return [ray_cluster(objects)] if manifests else []
 
 
 def test_the_chart_lints() -> None:
@@ -95,7 +98,7 @@ def test_a_kind_without_schema_is_an_error_and_an_unknown_field_too() -> None:
     assert kube_schemas.problems(service)
 
 
-@pytest.mark.parametrize("name", ["defaults", "example laptop", "all on"])
+@pytest.mark.parametrize("name", ["defaults", "example laptop", "all on", "all on per job"])
 def test_no_two_objects_have_one_name_and_all_are_in_the_namespace(name: str) -> None:
     objects = render(SINGLES[name])
     names = [(one["kind"], one["metadata"]["name"]) for one in objects]

@@ -63,7 +63,12 @@
 {{- if and $v.ray.gcsFaultTolerance.enabled (not $v.ray.gcsFaultTolerance.redisAddress) -}}
 {{- $found = append $found "ray.gcsFaultTolerance.redisAddress: is empty; set host:port of a Redis, or ray.gcsFaultTolerance.enabled=false" -}}
 {{- end -}}
-{{- if and $v.kueue.queue $v.ray.autoscaling.enabled (not $v.kueue.elastic) -}}
+{{- if eq $v.ray.mode "perJob" -}}
+{{- $found = concat $found (fromYaml (include "sapo-ray.perJobChecks" .)).found -}}
+{{- else if $v.storage.sharedFolders -}}
+{{- $found = append $found (printf "storage.sharedFolders: is for ray.mode=perJob, and ray.mode is %s; leave it empty" $v.ray.mode) -}}
+{{- end -}}
+{{- if and $v.kueue.queue (include "sapo-ray.autoscales" .) (not $v.kueue.elastic) -}}
 {{- $found = append $found "kueue.elastic: is false, and Kueue then refuses a cluster that scales itself; set it to true if Kueue has the feature gate ElasticJobsViaWorkloadSlices, or ray.autoscaling.enabled=false" -}}
 {{- end -}}
 {{- $found = concat $found (fromYaml (include "sapo-ray.groupChecks" .)).found -}}
@@ -75,6 +80,7 @@
 
 {{- define "sapo-ray.groupChecks" -}}
 {{- $v := .Values -}}
+{{- $perJob := eq $v.ray.mode "perJob" -}}
 {{- $found := list -}}
 {{- $most := dict "rollout" 0 "learner" 0 "verifier" 0 -}}
 {{- $least := 0 -}}
@@ -83,7 +89,7 @@
 {{- if not $group.role -}}
 {{- $found = append $found (printf "%s.role: is missing; set rollout, learner or verifier" $key) -}}
 {{- else -}}
-{{- $size := ternary $group.max $group.min $v.ray.autoscaling.enabled | int -}}
+{{- $size := ternary $group.max $group.min (or $v.ray.autoscaling.enabled $perJob) | int -}}
 {{- $_ := set $most $group.role (add (index $most $group.role) $size) -}}
 {{- if eq $group.role "verifier" -}}{{- $least = add $least (int $group.min) -}}{{- end -}}
 {{- if gt (int $group.min) (int $group.max) -}}
@@ -99,11 +105,36 @@
 {{- end -}}
 {{- range $role, $size := $most -}}
 {{- if eq (int $size) 0 -}}
-{{- $found = append $found (printf "ray.groups: no node can have the role %s, so no job could start; give a group of that role a %s of 1 or more" $role (ternary "max" "min" $v.ray.autoscaling.enabled)) -}}
+{{- $found = append $found (printf "ray.groups: no node can have the role %s, so no job could start; give a group of that role a %s of 1 or more" $role (ternary "max" "min" (or $v.ray.autoscaling.enabled $perJob))) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (gt (int $most.verifier) 0) (eq (int $least) 0) -}}
+{{- if and (gt (int $most.verifier) 0) (eq (int $least) 0) (not $perJob) -}}
 {{- $found = append $found "ray.groups.verifier.min: is 0, but a verifier must start within 120 s, sooner than a node comes; set min to 1 or more for one verifier group" -}}
+{{- end -}}
+{{- toYaml (dict "found" $found) -}}
+{{- end -}}
+
+{{- define "sapo-ray.perJobChecks" -}}
+{{- $v := .Values -}}
+{{- $found := list -}}
+{{- if not (and $v.ray.auth.enabled $v.ray.auth.existingSecret) -}}
+{{- $found = append $found (printf "ray.auth: with ray.mode=perJob each job's cluster has a token of its own, derived from one of the service's; set ray.auth.enabled=true and ray.auth.existingSecret to a Secret that `kubectl -n %s create secret generic sapo-ray-token --from-literal=auth_token=$(openssl rand -hex 32)` makes" .Release.Namespace) -}}
+{{- end -}}
+{{- if $v.ray.gcsFaultTolerance.enabled -}}
+{{- $found = append $found "ray.gcsFaultTolerance.enabled: is true, but with ray.mode=perJob a lost head takes its driver with it, and the job goes on in a new cluster; set it to false" -}}
+{{- end -}}
+{{- if and $v.kueue.queue (not $v.kueue.elastic) -}}
+{{- $found = append $found "kueue.elastic: is false, and Kueue then suspends a cluster whose size the service changes; set it to true if Kueue has the feature gate ElasticJobsViaWorkloadSlices, or leave kueue.queue empty" -}}
+{{- end -}}
+{{- range $name, $group := (fromYaml (include "sapo-ray.groups" .)).groups -}}
+{{- if and $group.role (ne $name $group.role) -}}
+{{- $found = append $found (printf "ray.groups.%s: with ray.mode=perJob there is one group for each role, of the role's name; move its values to ray.groups.%s and set ray.groups.%s=null" $name $group.role $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range .Values.storage.sharedFolders -}}
+{{- if has (first (splitList "/" .)) (list "runs" "datasets" "cache" "trash") -}}
+{{- $found = append $found (printf "storage.sharedFolders: %s holds what jobs may not see of each other; name another folder of the storage" .) -}}
+{{- end -}}
 {{- end -}}
 {{- toYaml (dict "found" $found) -}}
 {{- end -}}

@@ -13,6 +13,7 @@
 {{- define "sapo-ray.control" -}}{{ include "sapo-ray.fullname" . }}-control{{- end -}}
 {{- define "sapo-ray.cluster" -}}{{ include "sapo-ray.fullname" . }}-cluster{{- end -}}
 {{- define "sapo-ray.manifest" -}}{{ include "sapo-ray.fullname" . }}-raycluster{{- end -}}
+{{- define "sapo-ray.jobCluster" -}}{{ include "sapo-ray.fullname" . }}-job-cluster{{- end -}}
 {{- define "sapo-ray.headAccount" -}}{{ include "sapo-ray.fullname" . }}-ray-head{{- end -}}
 {{- define "sapo-ray.workerAccount" -}}{{ include "sapo-ray.fullname" . }}-ray-worker{{- end -}}
 {{- define "sapo-ray.dataClaim" -}}
@@ -38,6 +39,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "sapo-ray.rayLabels" -}}
 app.kubernetes.io/instance: {{ .Release.Name }}
 sapo-ray.io/service: {{ include "sapo-ray.fullname" . }}
+{{- end -}}
+
+{{/* Ray pods of this release, by labels: of its one cluster, or of all that the service has made for jobs and marked. */}}
+{{- define "sapo-ray.raySelector" -}}
+{{- if eq .Values.ray.mode "perJob" -}}
+sapo-ray.io/service: {{ include "sapo-ray.control" . }}
+{{- else -}}
+ray.io/cluster: {{ include "sapo-ray.cluster" . }}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether Ray's autoscaler runs; the service itself sizes clusters that it has made for one job. */}}
+{{- define "sapo-ray.autoscales" -}}
+{{- if and .Values.ray.autoscaling.enabled (ne .Values.ray.mode "perJob") -}}true{{- end -}}
 {{- end -}}
 
 {{/* An image of image.control or image.worker: digest before tag before appVersion. Takes (list $ "control"). */}}
@@ -116,6 +131,31 @@ hostPath:
 {{- else }}
 persistentVolumeClaim:
   claimName: {{ include "sapo-ray.dataClaim" . }}
+{{- end }}
+{{- end -}}
+
+{{/* Which folders of the storage a Ray pod sees, and where. With a cluster for each job: the job's run, its tenant's data
+     sets and downloads, and what is everybody's. The service fills in job and tenant. */}}
+{{- define "sapo-ray.rayData" -}}
+{{- $at := .Values.storage.mountPath -}}
+{{- if eq .Values.ray.mode "perJob" -}}
+{{- range $folder := list "runs/$(SAPO_JOB_ID)" "datasets/$(SAPO_TENANT)" "cache/$(SAPO_TENANT)" }}
+- name: data
+  mountPath: {{ $at }}/{{ $folder }}
+  subPath: {{ $folder }}
+  {{- if hasPrefix "datasets" $folder }}
+  readOnly: true
+  {{- end }}
+{{- end }}
+{{- range .Values.storage.sharedFolders }}
+- name: data
+  mountPath: {{ $at }}/{{ . }}
+  subPath: {{ . }}
+  readOnly: true
+{{- end }}
+{{- else }}
+- name: data
+  mountPath: {{ $at }}
 {{- end }}
 {{- end -}}
 

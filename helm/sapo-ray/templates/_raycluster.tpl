@@ -2,13 +2,17 @@
      of the chart. CPUs, memory and GPUs stand in the containers' limits alone, from which operator and autoscaler read. */}}
 {{- define "sapo-ray.raycluster" -}}
 {{- $v := .Values -}}
+{{- $perJob := eq $v.ray.mode "perJob" -}}
+{{- $autoscales := include "sapo-ray.autoscales" . -}}
 apiVersion: ray.io/v1
 kind: RayCluster
 metadata:
+  {{- if not $perJob }}
   name: {{ include "sapo-ray.cluster" . }}
   namespace: {{ .Release.Namespace }}
+  {{- end }}
   labels:
-    {{- include "sapo-ray.labels" . | nindent 4 }}
+    {{- include (ternary "sapo-ray.selector" "sapo-ray.labels" $perJob) . | nindent 4 }}
     app.kubernetes.io/component: ray
     {{- with $v.kueue.queue }}
     kueue.x-k8s.io/queue-name: {{ . }}
@@ -22,8 +26,8 @@ metadata:
   {{- end }}
 spec:
   rayVersion: {{ $v.ray.version | quote }}
-  enableInTreeAutoscaling: {{ $v.ray.autoscaling.enabled }}
-  {{- if $v.ray.autoscaling.enabled }}
+  enableInTreeAutoscaling: {{ ternary true false (ne $autoscales "") }}
+  {{- if $autoscales }}
   autoscalerOptions:
     version: v2
     idleTimeoutSeconds: {{ $v.ray.autoscaling.idleTimeoutSeconds }}
@@ -42,12 +46,14 @@ spec:
       - {{- include "sapo-ray.accountMount" . | nindent 8 }}
   {{- end }}
   upgradeStrategy:
-    type: {{ $v.ray.upgradeStrategy }}
+    type: {{ ternary "None" $v.ray.upgradeStrategy $perJob }}
+  {{- if not $perJob }}
   authOptions:
     mode: {{ ternary "token" "disabled" $v.ray.auth.enabled }}
     {{- if and $v.ray.auth.enabled $v.ray.auth.existingSecret }}
     secretName: {{ $v.ray.auth.existingSecret }}
     {{- end }}
+  {{- end }}
   {{- if $v.ray.gcsFaultTolerance.enabled }}
   gcsFaultToleranceOptions:
     redisAddress: {{ $v.ray.gcsFaultTolerance.redisAddress }}
@@ -72,7 +78,7 @@ spec:
       maxReplicas: {{ int $group.max }}
       replicas: {{ int $group.min }}
       numOfHosts: 1
-      {{- if $v.ray.autoscaling.enabled }}
+      {{- if $autoscales }}
       {{- if $group.idleTimeoutSeconds }}
       idleTimeoutSeconds: {{ int $group.idleTimeoutSeconds }}
       {{- end }}
@@ -119,7 +125,7 @@ spec:
         - name: HOME
           value: /tmp
         - name: HF_HOME
-          value: {{ $v.storage.mountPath }}/cache/huggingface
+          value: {{ $v.storage.mountPath }}/cache/{{ ternary "$(SAPO_TENANT)/" "" (eq $v.ray.mode "perJob") }}huggingface
         - name: RAY_USAGE_STATS_ENABLED
           value: "0"
         {{- if .head }}
@@ -151,8 +157,7 @@ spec:
           {{- end }}
         {{- end }}
       volumeMounts:
-        - name: data
-          mountPath: {{ $v.storage.mountPath }}
+        {{- include "sapo-ray.rayData" .root | trim | nindent 8 }}
         - name: shm
           mountPath: /dev/shm
         - name: tmp
@@ -165,7 +170,7 @@ spec:
         sizeLimit: {{ .pod.shm }}
     - name: tmp
       emptyDir: {}
-    {{- if and .head $v.ray.autoscaling.enabled }}
+    {{- if and .head (include "sapo-ray.autoscales" .root) }}
     - {{- include "sapo-ray.accountVolume" .root | nindent 6 }}
     {{- end }}
 {{- end -}}

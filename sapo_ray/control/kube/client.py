@@ -27,6 +27,11 @@ MOST_BYTES = 64 << 20
 """Largest answer that is read: a list of a thousand pods has some 15 MB."""
 MERGE_PATCH = "application/merge-patch+json"
 
+RAYCLUSTERS = "ray.io/v1/rayclusters"
+NETWORKPOLICIES = "networking.k8s.io/v1/networkpolicies"
+DEPLOYMENTS = "apps/v1/deployments"
+PODS, SECRETS, EVENTS = "v1/pods", "v1/secrets", "v1/events"
+
 Object = dict[str, Any]
 
 

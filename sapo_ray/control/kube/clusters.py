@@ -2,7 +2,7 @@
 
     submit --> RayCluster `sapo-<job>-<attempt>` made or found --> its pods ready? --> Ray's Jobs API --> driver
                             |                                         | no: NotStarted, asked again next round
-                            +-- Secret with a token of its own        | too late: LaunchRefused
+                            +-- its Secret, see making.py             | too late: LaunchRefused
 
 Everything that is to be known lies in the cluster's object and in the job store: a service that dies between any two of
 these steps takes them again, and finds what is there. Clusters belong to the service's Deployment and go with it;
@@ -14,21 +14,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import structlog
-from pydantic import ValidationError
 
-from sapo_ray.config.spec import JobSpec
 from sapo_ray.control.kube import identity
 from sapo_ray.control.kube import pods as of
-from sapo_ray.control.kube.client import Conflict, KubeClient, Object, Rejected
+from sapo_ray.control.kube.client import EVENTS, PODS, RAYCLUSTERS, Conflict, KubeClient, Object, Rejected
 from sapo_ray.control.kube.identity import Identity
+from sapo_ray.control.kube.making import Making, Options
 from sapo_ray.control.kube.scaling import plan
-from sapo_ray.control.kube.sizes import Sizes, sizes_of
 from sapo_ray.control.kube.template import ClusterTemplate
 from sapo_ray.control.launcher import (
     ClusterUnavailable,
@@ -40,28 +36,11 @@ from sapo_ray.control.launcher import (
     OwnCluster,
     RayJobs,
 )
-from sapo_ray.errors import ConfigError
 
 log = structlog.get_logger("sapo_ray.control.kube")
 
-RAYCLUSTERS, PODS, SECRETS, EVENTS = "ray.io/v1/rayclusters", "v1/pods", "v1/secrets", "v1/events"
-DEPLOYMENTS = "apps/v1/deployments"
 UNANSWERED_S = 300.0
 """A head that is ready for Kubernetes and does not answer for so long counts as gone, if its driver is silent too."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What the operator decided."""
-
-    template: Path
-    secret: str
-    """From which each cluster's token is derived."""
-    owner: str = ""
-    """Deployment of this service."""
-    python: str = "python"
-    deadline_s: float = 1800.0
-    """Time in which a cluster's nodes are to be ready."""
 
 
 class KubeClusters:
@@ -82,6 +61,7 @@ class KubeClusters:
         ClusterTemplate.load(options.template)
         self._api, self._options, self._address, self._clock = api, options, address, clock
         self._identity = Identity(service=options.owner or "sapo-ray", secret=options.secret)
+        self._making = Making(api, options, self._identity)
         self._jobs: dict[str, RayJobs] = {}
         """By cluster, whose head was found once; it is asked without a detour."""
         self._answered: dict[str, float] = {}
@@ -112,7 +92,7 @@ class KubeClusters:
         if not self._identity.knows_token(cluster):
             self.remove(name)
             raise NotStarted("the service's token was changed: the cluster is made anew")
-        self._secure(cluster)
+        self._making.belongings(cluster)
         pods = self._pods(name)
         late = of.lacking(pods, identity.needed(cluster))
         if late:
@@ -197,35 +177,12 @@ class KubeClusters:
 
     def _create(self, request: LaunchRequest) -> Object:
         """Make the cluster, after those of the job's earlier attempts: they may hold the nodes that it needs."""
-        name = request.submission_id
-        for other in map(
-            identity.own, self._api.find(RAYCLUSTERS, labelSelector=self._identity.selector(request.job_id))
-        ):
+        mine = self._api.find(RAYCLUSTERS, labelSelector=self._identity.selector(request.job_id))
+        for other in map(identity.own, mine):
             if other.attempt > request.attempt:
                 raise NotStarted(f"attempt {other.attempt} has begun")
             self.remove(other.submission_id)
-        sizes = self._sizes(request)
-        body = self._template().fill(self._identity.filling(request, sizes, self._owners()))
-        try:
-            made = self._api.create(RAYCLUSTERS, body)
-        except Conflict:  # another replica was quicker, or this one before it died
-            found = self._api.get(RAYCLUSTERS, name)
-            if found is None:
-                raise NotStarted("the cluster is being made") from None
-            return found
-        except Rejected as error:
-            raise LaunchRefused(str(error)) from error
-        log.info("cluster_made", cluster=name, nodes=sizes.nodes)
-        return made
-
-    def _secure(self, cluster: Object) -> None:
-        """Give the cluster's pods their token. They wait for it, so it may come after the cluster that owns it."""
-        try:
-            self._api.create(SECRETS, self._identity.secret_of(cluster))
-        except Conflict:
-            pass  # it is there; one that is only left of an earlier cluster goes, and is made again in the next round
-        except Rejected as error:
-            raise LauncherUnavailable(str(error)) from error
+        return self._making.cluster(request)
 
     def _wait(self, cluster: Object, pods: list[Object], why: str, detail: str = "") -> NoReturn:
         """Raise NotStarted; after the deadline LaunchRefused, without leaving nodes behind."""
@@ -274,26 +231,3 @@ class KubeClusters:
 
     def _pods(self, name: str) -> list[Object]:
         return self._api.find(PODS, labelSelector=f"{of.CLUSTER}={name}")
-
-    def _sizes(self, request: LaunchRequest) -> Sizes:
-        try:
-            spec = JobSpec.model_validate(dict(request.spec))
-        except ValidationError as error:
-            raise LaunchRefused(f"{request.job_id}: its stored job cannot be read: {error}") from error
-        return sizes_of(spec, request.workers, request.least_workers, self._template())
-
-    def _template(self) -> ClusterTemplate:
-        """As it is now: Kubernetes renews a mounted ConfigMap."""
-        try:
-            return ClusterTemplate.load(self._options.template)
-        except ConfigError as error:
-            raise LauncherUnavailable(str(error)) from error
-
-    def _owners(self) -> list[dict[str, Any]]:
-        if not self._options.owner:
-            return []
-        found = self._api.get(DEPLOYMENTS, self._options.owner)
-        if found is None:
-            raise LauncherUnavailable(f"there is no Deployment {self._options.owner}; is SAPO_KUBE_OWNER right?")
-        kind = {"apiVersion": "apps/v1", "kind": "Deployment", "name": self._options.owner}
-        return [kind | {"uid": found["metadata"]["uid"], "blockOwnerDeletion": False}]

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from sapo_ray.control.kube.client import Object
+from sapo_ray.control.kube.pods import CLUSTER
 from sapo_ray.control.kube.sizes import Sizes
 from sapo_ray.control.kube.template import GROUPS, Filling
 from sapo_ray.control.launcher import LaunchRequest, OwnCluster
@@ -71,16 +72,25 @@ class Identity:
 
     def secret_of(self, cluster: Object) -> Object:
         """The Secret from which a cluster's pods have their token; it goes with the cluster."""
-        metadata = cluster["metadata"]
-        name = metadata["name"]
-        owner = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "name": name, "uid": metadata["uid"]}
-        labels = {key: metadata["labels"][key] for key in (JOB, ATTEMPT, SERVICE)}
+        name = cluster["metadata"]["name"]
         return {
             "apiVersion": "v1",
             "kind": "Secret",
             "type": "Opaque",
-            "metadata": {"name": _secret_name(name), "labels": labels, "ownerReferences": [owner]},
+            "metadata": _belonging(cluster, _secret_name(name)),
             "data": {"auth_token": base64.b64encode(self.token(name).encode()).decode()},
+        }
+
+    def policy_of(self, cluster: Object) -> Object:
+        """By this NetworkPolicy a cluster's pods reach each other, by any port, and nobody else's do."""
+        name = cluster["metadata"]["name"]
+        among = {"podSelector": {"matchLabels": {CLUSTER: name}}}
+        return {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": _belonging(cluster, name),
+            "spec": among
+            | {"policyTypes": ["Ingress", "Egress"], "ingress": [{"from": [among]}], "egress": [{"to": [among]}]},
         }
 
     def knows_token(self, cluster: Object) -> bool:
@@ -130,6 +140,14 @@ def needed(cluster: Object) -> dict[str, int]:
     """Nodes with which its driver can begin, by group."""
     groups = {one["groupName"]: int(one.get("replicas") or 0) for one in cluster["spec"]["workerGroupSpecs"]}
     return {name: groups[name] for name in GROUPS} | {"rollout": int(annotation(cluster, LEAST_NODES))}
+
+
+def _belonging(cluster: Object, name: str) -> Object:
+    """Metadata of what a cluster owns."""
+    metadata = cluster["metadata"]
+    owner = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "name": metadata["name"], "uid": metadata["uid"]}
+    labels = {key: metadata["labels"][key] for key in (JOB, ATTEMPT, SERVICE)}
+    return {"name": name, "labels": labels, "ownerReferences": [owner]}
 
 
 def _secret_name(cluster: str) -> str:

@@ -28,6 +28,7 @@ KINDS = {
     "v1/secrets": "Secret",
     "v1/events": "Event",
     "apps/v1/deployments": "Deployment",
+    "networking.k8s.io/v1/networkpolicies": "NetworkPolicy",
 }
 NAMESPACE = "jobs"
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")

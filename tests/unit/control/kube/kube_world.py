@@ -15,7 +15,7 @@ from fake_operator import RAYCLUSTERS, Heads, Operator
 
 from sapo_ray.config.load import resolve
 from sapo_ray.control.kube import KubeClient, KubeClusters
-from sapo_ray.control.kube.clusters import Options
+from sapo_ray.control.kube.making import Options
 from sapo_ray.control.launcher import LaunchRequest
 
 PAGE = Path(__file__).parents[4] / "docs" / "kubernetes.md"
@@ -40,6 +40,7 @@ class KubeWorld:
         self.ahead = 0.0
         """Seconds by which the launchers' clocks are ahead."""
         self.template = folder / "cluster.yaml"
+        self.folders = (folder / "datasets", folder / "cache")
         self.write(documented("apiVersion"))
         self.account = folder / "account"
         self.account.mkdir()
@@ -52,7 +53,8 @@ class KubeWorld:
 
     def launcher(self, **over: Any) -> KubeClusters:
         """A process of the service; every call makes another one."""
-        options = Options(**{"template": self.template, "secret": "s" * 64, "owner": "sapo"} | over)
+        given = {"template": self.template, "secret": "s" * 64, "owner": "sapo", "network_policy": True}
+        options = Options(**given | {"tenant_folders": self.folders} | over)
         clusters = KubeClusters(
             KubeClient(self.kube.url, self.account),
             options,

@@ -13,7 +13,7 @@ from kube_world import JOB, KubeWorld, documented, request
 from test_kube_launch import NAME, start, waits
 
 from sapo_ray.control.kube import KubeClient, KubeClusters
-from sapo_ray.control.kube.clusters import Options
+from sapo_ray.control.kube.making import Options
 from sapo_ray.control.launcher import ClusterUnavailable, LauncherUnavailable, LaunchRefused
 from sapo_ray.control.launchers import launchers
 from sapo_ray.control.settings import load_settings

@@ -12,6 +12,7 @@ from fake_operator import SECRETS
 from kube_world import JOB, KubeWorld, documented, request
 
 from sapo_ray.control.kube import KubeClusters
+from sapo_ray.control.kube.client import NETWORKPOLICIES
 from sapo_ray.control.launcher import LauncherUnavailable, LaunchRefused, NotStarted
 
 NAME = f"sapo-{JOB}-1"
@@ -106,6 +107,38 @@ def test_each_cluster_has_a_token_that_tells_nothing_of_another(kube: KubeWorld)
     assert all(re.fullmatch(r"[0-9a-f]{64}", token) for token in tokens)
     (first, _) = kube.kube.of(SECRETS).values()
     assert first["metadata"]["ownerReferences"][0]["uid"] == kube.clusters()[NAME]["metadata"]["uid"]
+
+
+def test_the_pods_of_a_cluster_reach_each_other_by_a_policy_that_was_there_before_them(kube: KubeWorld) -> None:
+    launcher = kube.launcher()
+    waits(launcher)
+    posts = [one.rpartition("/")[2] for one in kube.kube.requests if one.startswith("POST")]
+    assert posts == ["rayclusters", "networkpolicies", "secrets"]
+    policy = kube.kube.of(NETWORKPOLICIES)[NAME]
+    pods = {"podSelector": {"matchLabels": {"ray.io/cluster": NAME}}}
+    assert policy["spec"] == {
+        **pods,
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"from": [pods]}],
+        "egress": [{"to": [pods]}],
+    }
+    launcher.remove(NAME)
+    assert kube.kube.of(NETWORKPOLICIES) == {}
+
+
+def test_where_nothing_is_denied_no_policy_is_made(kube: KubeWorld) -> None:
+    start(kube, kube.launcher(network_policy=False))
+    assert kube.kube.of(NETWORKPOLICIES) == {}
+
+
+def test_the_tenants_folders_are_there_before_a_pod_could_mount_them(kube: KubeWorld) -> None:
+    waits(kube.launcher())
+    assert [(folder / "team-a").is_dir() for folder in kube.folders] == [True, True]
+    blocked = kube.folders[0] / "team-b"
+    blocked.write_text("not a folder")
+    with pytest.raises(FileExistsError):
+        kube.launcher().submit(request(tenant="team-b", job="job-" + "b" * 20))
+    assert list(kube.clusters()) == [NAME]
 
 
 def test_a_tenant_whose_name_is_no_label_has_none(kube: KubeWorld) -> None:
