@@ -6,6 +6,7 @@ of a verifier), `driver`, `raylet`, `gcs`. Only processes of this run are ever t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,18 @@ class ChaosRun:
     reward_pause_s: float = 0.05
     faults: dict[str, str] = field(default_factory=dict)
     """Of faulty.py, for the next attempt."""
+    disk: Path | None = None
+    """A small file system for the run directory, that may be filled."""
     entry: Entry = field(init=False)
     process: subprocess.Popen[bytes] = field(init=False)
+    _rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Of the journal, by kind: those that were ever asked for."""
+    _read: dict[str, int] = field(default_factory=dict)
+    """Bytes of the journal that were looked through for a kind."""
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "run"
+        return (self.disk or self.folder) / "run"
 
     @property
     def log(self) -> Path:
@@ -89,7 +97,7 @@ class ChaosRun:
 
     def _start(self, arguments: list[str]) -> None:
         self.entry = Entry(arguments, reward_pause_s=self.reward_pause_s)
-        self.process = self.entry.start_with(self.log, **self.faults)
+        self.process = self.entry.start_with(self.log, CHAOS_WORKERS=str(self._orders), **self.faults)
 
     # --- processes --------------------------------------------------------------------------------------------------
 
@@ -132,24 +140,71 @@ class ChaosRun:
             return None
         return name
 
-    def kill_driver(self) -> None:
-        """SIGKILL, and what it leaves must be gone within a bound."""
-        self.process.kill()
-        self.process.wait(30)
+    def kill_all(self) -> None:
+        """Whatever still runs of it; nothing if it has ended in order, or was never started."""
+        if hasattr(self, "process"):
+            for process in psutil.process_iter():
+                if self._mine(process.pid) is not None:
+                    with suppress(psutil.NoSuchProcess):  # it ended with the others
+                        process.kill()
+            self.process.wait(30)
+
+    def gone(self, seconds: float = 30.0) -> None:
+        """The attempt ends, or was killed: nothing of it may be left within a bound."""
+        self.process.wait(seconds)
         left = self.entry.leaves_nothing()
         assert left == [], f"left behind: {left}"
+
+    # --- orders and disk -------------------------------------------------------------------------------------------
+
+    @property
+    def _orders(self) -> Path:
+        return self.folder / "workers"
+
+    def order(self, workers: int, most: int) -> None:
+        """Aim at another number of rollout workers, as a control plane would."""
+        draft = self._orders.with_suffix(".new")
+        draft.write_text(f"1 {most} {workers}")
+        draft.replace(self._orders)
+
+    def fill_disk(self) -> None:
+        """Leave not a byte of room on the run's own disk."""
+        assert self.disk is not None
+        with (self.disk / "filler").open("ab", buffering=0) as file:
+            for size in (1 << 20, 1 << 12, 1):
+                try:
+                    while True:
+                        file.write(b"x" * size)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+
+    def free_disk(self) -> None:
+        """Give it back."""
+        assert self.disk is not None
+        (self.disk / "filler").unlink()
 
     # --- progress ---------------------------------------------------------------------------------------------------
 
     def journal(self, kind: str) -> list[dict[str, Any]]:
-        """Rows of a kind so far; only their lines are parsed, for this is asked often."""
-        path, mark = self.run_dir / "journal.jsonl", f'"kind":"{kind}"'
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if mark in line and line.endswith("}")]
+        """Rows of a kind so far. This is asked often, of long journals: only what is new is read."""
+        path, mark = self.run_dir / "journal.jsonl", f'"kind":"{kind}"'.encode()
+        rows = self._rows.setdefault(kind, [])
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(self._read.get(kind, 0))
+                whole, _, _ = file.read().rpartition(b"\n")
+            rows += [json.loads(line) for line in whole.splitlines() if mark in line]
+            self._read[kind] = self._read.get(kind, 0) + (len(whole) + 1 if whole else 0)
+        return rows
 
     def events(self, what: str) -> list[dict[str, Any]]:
         """`worker` events of a sort."""
         return [row for row in self.journal("worker") if row["what"] == what]
+
+    def attempt(self) -> int:
+        """Number of the newest attempt."""
+        return int((self.run_dir / "attempt").read_text())
 
     def workers_ready(self) -> set[str]:
         """Rollout workers that the newest attempt may use, as far as is written down."""
@@ -158,9 +213,9 @@ class ChaosRun:
         for row in self.journal("worker"):
             ready = ready if row["attempt"] == attempt else set()
             attempt = row["attempt"]
-            if row["what"] == "worker_ready":
+            if row["what"] in ("worker_ready", "worker_caught_up", "worker_kept"):
                 ready.add(row["worker"])
-            elif row["what"] == "worker_lost":
+            elif row["what"] in ("worker_lost", "worker_behind", "worker_stopped"):
                 ready.discard(row["worker"])
         return ready
 
@@ -184,10 +239,8 @@ class ChaosRun:
 
     def end(self, seconds: float = 300.0) -> int:
         """Wait for the end; returns the exit code."""
-        code = self.process.wait(seconds)
-        left = self.entry.leaves_nothing()
-        assert left == [], f"left behind: {left}"
-        return code
+        self.gone(seconds)
+        return self.process.returncode
 
     def audited(self) -> Report:
         """The auditor's report, which must find nothing."""

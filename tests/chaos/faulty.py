@@ -1,8 +1,10 @@
 """`sapo-ray ...` with faults that only its inside can make, as the environment asks for them.
 
 CHAOS_DAMAGE=rollout-1@3     one bit of the weights of version 3 is wrong on their way to that worker, once
+CHAOS_HANG=rollout-0@3       that worker is stopped (SIGSTOP) when it is about to take version 3 over, once
 CHAOS_POISON=addition:5:0    whatever samples this prompt is killed
 CHAOS_REPLACEMENTS=1000      of each rollout worker within an hour, in place of 3: a soak kills more than a job may lose
+CHAOS_WORKERS=FILE           "least most target", rollout workers, as a control plane orders them; read again and again
 """
 
 from __future__ import annotations
@@ -11,27 +13,38 @@ import os
 import signal
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from sapo_ray.cli import main
+from sapo_ray.driver.orders import StandingOrders, Wanted
 from sapo_ray.rollout import replacements
 from sapo_ray.rollout.remote import RemoteWorker
 from sapo_ray.types import Published, Takeover
 
 take_over, generate = RemoteWorker.take_over, RemoteWorker.generate
-damaged: list[str] = []
+done: set[str] = set()
 
 
-async def take_over_damaged(self: RemoteWorker, published: Published, deadline_s: float) -> Takeover:
-    worker, _, number = os.environ["CHAOS_DAMAGE"].partition("@")
-    if self.id == worker and published.manifest.version.number >= int(number) and not damaged and published.buckets:
-        damaged.append(self.id)
+def due(fault: str, worker: RemoteWorker, published: Published) -> bool:
+    """Whether this takeover is the one that a fault is meant for, or the first after it."""
+    victim, _, number = os.environ.get(fault, "").partition("@")
+    if worker.id != victim or published.manifest.version.number < int(number) or fault in done:
+        return False
+    done.add(fault)
+    return True
+
+
+async def take_over_faulty(self: RemoteWorker, published: Published, deadline_s: float) -> Takeover:
+    if due("CHAOS_DAMAGE", self, published):
         first, *rest = published.buckets
         bucket = (await first).copy()
         bucket[17] ^= 4
         published = replace(published, buckets=(ray.put(bucket), *rest))
+    if due("CHAOS_HANG", self, published):
+        os.kill(self._info["pid"], signal.SIGSTOP)
     return await take_over(self, published, deadline_s)
 
 
@@ -42,11 +55,20 @@ async def generate_poisoned(self: RemoteWorker, request: Any, deadline: float) -
         yield one
 
 
+def workers_of_a_file(_: StandingOrders) -> Wanted | None:
+    file = Path(os.environ["CHAOS_WORKERS"])
+    if not file.exists():
+        return None
+    least, most, target = map(int, file.read_text().split())
+    return Wanted(least=least, most=most, target=target)
+
+
 if __name__ == "__main__":
-    if "CHAOS_DAMAGE" in os.environ:
-        RemoteWorker.take_over = take_over_damaged  # type: ignore[method-assign]
+    RemoteWorker.take_over = take_over_faulty  # type: ignore[method-assign]
     if "CHAOS_POISON" in os.environ:
         RemoteWorker.generate = generate_poisoned  # type: ignore[method-assign]
+    if "CHAOS_WORKERS" in os.environ:
+        StandingOrders.workers = workers_of_a_file  # type: ignore[method-assign]
     if "CHAOS_REPLACEMENTS" in os.environ:
         replacements.REPLACEMENTS = int(os.environ["CHAOS_REPLACEMENTS"])
     main()
