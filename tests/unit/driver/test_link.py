@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -263,7 +264,8 @@ def test_refusals_between_which_the_token_was_good_are_forgiven(
 def test_a_second_driver_of_the_same_attempt_is_found_by_its_numbers(control: FakeControl, tmp_path: Path) -> None:
     control.stored[1] = [{"seq": seq} for seq in range(1, 10)]
     driver = Driver(control, tmp_path)
-    driver.events(1)
+    with contextlib.suppress(Superseded):  # the link may be quicker, and then nothing is written any more
+        driver.events(1)
     assert "another driver of the same attempt" in str(failure(driver.orders))
     driver.end()
 
