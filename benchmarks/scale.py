@@ -31,7 +31,9 @@ from sapo_ray.algorithms.settings import resolve as resolve_objective
 from sapo_ray.config.load import resolve
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.driver import Driver, Parts
+from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.journal import Journal
+from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.pulse import pulse_of
 from sapo_ray.rollout import membership
 from sapo_ray.rollout.pool import RolloutPool
@@ -129,6 +131,10 @@ class Verifiers:
 
 
 class Learner:
+    lost = False
+
+    async def restart(self) -> None: ...
+
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -169,6 +175,8 @@ class Payloads:
 class NoTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -199,7 +207,7 @@ async def measure(workers: int, steps: int, folder: Path) -> dict[str, Any]:
     )
     (folder / "attempt").write_text("1")
     journal = Journal(folder / "journal.jsonl", 1)
-    pool = RolloutPool(spec, "m")
+    pool, orders = RolloutPool(spec, "m"), StandingOrders()
     await pool.start()
     with pulse_of(spec, journal, None) as pulse:
         beats = asyncio.create_task(pulse.beat(pool.activity))
@@ -214,6 +222,8 @@ async def measure(workers: int, steps: int, folder: Path) -> dict[str, Any]:
             journal=journal,
             checkpoints=Checkpoints(folder / "checkpoints", keep=2, min_free_gb=0),
             trackers=[NoTracker()],
+            orders=orders,
+            hold=DiskHold(folder, journal, orders),
             pulse=pulse,
         )
         before, held = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

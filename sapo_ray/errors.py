@@ -11,6 +11,7 @@
     |   `-- NoWorker         no rollout worker could be used meanwhile: says nothing about what was to be sampled
     |-- CheckpointError      a checkpoint is missing, damaged, or does not fit the job
     |-- ResourceError        too little disk, memory, shared memory or cluster capacity
+    |   `-- DiskFull         the run directory's disk takes no more at this moment
     `-- TrainingFailed       the run itself cannot go on: says why and what was kept
         `-- Superseded       another attempt has the run; this one ends at once and writes no more
 
@@ -60,6 +61,10 @@ class CheckpointError(SapoRayError):
 
 class ResourceError(SapoRayError):
     """Disk, memory, shared memory or cluster capacity is not enough."""
+
+
+class DiskFull(ResourceError):
+    """The disk is full: what was to be written may be tried again once there is room."""
 
 
 class TrainingFailed(SapoRayError):

@@ -14,6 +14,7 @@ from sapo_ray.terminal import printable, shown
 PHASES = {
     "model": "model and data",
     "start": "starting engines",
+    "recover": "restarting learner",
     "evaluate_before": "accuracy before",
     "train": "training",
     "evaluate": "held-out accuracy",

@@ -8,7 +8,8 @@ Glossary
     group       the completions sampled from one prompt; its size is G
     completion  one sampled answer, tokens y_1..y_T
     attempt     number of the driver process of a run, from 1; a resume is a new attempt
-    version     (attempt, number): number counts publishes since the run began; 0 is the initial policy
+    lineage     restores of the learner within an attempt, from 0: what came after a restore's point is abandoned
+    version     (attempt, number, lineage): number counts publishes since the run began; 0 is the initial policy
     age         version number of the learner at the start of the step minus that of a completion's oldest token
     ref         a Ray object reference; the driver passes payload refs on and never opens them
     `error`     a verdict that says nothing about the answer (timeout, crash, bad gold); never a reward of 0
@@ -42,21 +43,27 @@ class DropReason(StrEnum):
     ZERO_SIGNAL = "zero_signal"
     QUARANTINED = "quarantined"
     NONFINITE = "nonfinite"
+    ROLLED_BACK = "rolled_back"
 
 
 class PolicyVersion(NamedTuple):
-    """Identity of published weights. Orders by attempt, then number; written as `attempt.number`."""
+    """Identity of published weights. Orders by attempt, then number, then lineage.
+
+    Written as `attempt.number`, and as `attempt.number.lineage` once the learner was restored within the attempt: the
+    numbers after the restore's point come again, the versions do not.
+    """
 
     attempt: int
     number: int
+    lineage: int = 0
 
     def __str__(self) -> str:
-        return f"{self.attempt}.{self.number}"
+        return f"{self.attempt}.{self.number}" + (f".{self.lineage}" if self.lineage else "")
 
     @classmethod
     def parse(cls, text: str) -> PolicyVersion:
-        attempt, number = text.split(".")
-        return cls(int(attempt), int(number))
+        attempt, number, *lineage = (int(part) for part in text.split("."))
+        return cls(attempt, number, *lineage)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -67,6 +67,9 @@ class BackgroundTracker:
         if self._trouble:
             self._tell(self._trouble)
 
+    def rewind(self, step: int) -> None:
+        """Nothing: a service keeps what it was given, and shows the newest row of a step."""
+
     def close(self) -> None:
         """Let the thread finish, bounded, and say what did not arrive."""
         deadline = time.monotonic() + self._close_s

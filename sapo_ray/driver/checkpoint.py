@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from sapo_ray.driver.files import came_of_a_full_disk, fsync, not_written, write_text
-from sapo_ray.errors import CheckpointError, ResourceError, Superseded
+from sapo_ray.errors import CheckpointError, DiskFull, Superseded
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -40,7 +40,7 @@ class Checkpoints:
         `guard` raises where another attempt has taken the run over. Filling takes minutes, so it is asked before
         anything is touched, before the checkpoint gets its name, and right before `latest` moves.
 
-        Raises ResourceError before anything is written if the disk has too little room, and where it is full all the
+        Raises DiskFull before anything is written if the disk has too little room, and where it is full all the
         same; whatever fails, the checkpoints that were there stay valid.
         """
         guard()
@@ -72,7 +72,7 @@ class Checkpoints:
         return final
 
     def check_space(self) -> None:
-        """Raise ResourceError unless the disk holds another checkpoint and the reserve.
+        """Raise DiskFull unless the disk holds another checkpoint and the reserve.
 
         A checkpoint is taken to be of the last one's size, or as large as expected if there is none.
         """
@@ -81,7 +81,7 @@ class Checkpoints:
         existing = next(path for path in (self._folder, *self._folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < self._min_free + size:
-            raise ResourceError(
+            raise DiskFull(
                 f"too little disk for a checkpoint: {free / 1e9:.2f} GB free at {existing}, needed are "
                 f"checkpoint.min_free_gb = {self._min_free / 1e9:g} GB and {size / 1e9:.2f} GB for the checkpoint; "
                 "free some space, move run_dir, or lower checkpoint.min_free_gb"

@@ -13,6 +13,8 @@
     _train          a Batch               new weights         the learner                   the learner
     _publish        new weights           a version           the workers' takeover         the rollout pool
     _pause          running groups        a checkpoint        them, within their deadline   the rollout pool
+    Recovery        a lost learner        a new one           its ranks                     the cluster
+    DiskHold        a full disk           the same write      room on the disk              whoever frees some
 
 `max_staleness` is only the number of slots: (max_staleness + 1) batches. With 0, nothing is generated while the learner
 works and every sample is on-policy; with k, generation runs k batches ahead. There is no second loop.
@@ -30,6 +32,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -43,22 +46,28 @@ from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.collector import Collector
 from sapo_ray.driver.evaluation import Evaluation, evaluate, evaluation_settings
 from sapo_ray.driver.guard import Guard
+from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import Ended, Ending, StandingOrders
 from sapo_ray.driver.parts import Learner, Payloads, Prompts, Rollouts, Tracker, Verifiers
 from sapo_ray.driver.pulse import Pulse
-from sapo_ray.driver.rundir import superseded
+from sapo_ray.driver.recovery import Recovery
+from sapo_ray.driver.rundir import stop_if_superseded
 from sapo_ray.driver.scaling import LoadMeter, Scaling
 from sapo_ray.driver.state import DriverState, complete_groups, restore_window, save_state
 from sapo_ray.driver.waits import beside, bounded
-from sapo_ray.errors import Superseded, TrainingFailed
+from sapo_ray.errors import DeadlineExceeded, TrainingFailed, WorkerLost
 from sapo_ray.types import DropReason, PolicyVersion, Prompt, Published
 
 ERROR_RATE_CONDITION = 0.05
 STALE_RATE_CONDITION = 0.01
 GRACE_S = 30.0
 """The parts bound their own waits and say more about them; the driver's bound is later by this."""
+
+
+Cut = tuple[DriverState, Path] | None
+"""What a checkpoint holds of the driver, and where it lies; None: the start of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +115,8 @@ class Driver:
         journal: Journal,
         checkpoints: Checkpoints,
         trackers: list[Tracker],
-        orders: StandingOrders | None = None,
+        orders: StandingOrders,
+        hold: DiskHold,
         pulse: Pulse | None = None,
     ) -> None:
         self._spec = spec
@@ -118,13 +128,16 @@ class Driver:
         self._journal = journal
         self._checkpoints = checkpoints
         self._trackers = trackers
-        self._orders = orders or StandingOrders()
+        self._orders = orders
+        self._hold = hold
         self._pulse = pulse or Pulse()
         self._collector = Collector(spec, parts.rollouts, parts.verifiers, journal, self._pulse)
         self._intake = Intake(
             spec=spec, objective=objective, prompts=prompts, collector=self._collector, journal=journal
         )
         self._guard = Guard(spec.guard, spec.rollout.max_staleness)
+        self._recovery = Recovery(parts.learner, self._intake, checkpoints, journal, self._pulse)
+        self._first_prompts = prompts.state()
         self._step = self._updates = 0
         self._published: Published | None = None
         self._before: Evaluation | None = None
@@ -148,11 +161,10 @@ class Driver:
         ending: Ending | None
         after, abandoned = None, False
         try:
-            state = await self._begin(checkpoint)
+            cut = await self._begin(checkpoint)
             try:
                 async with self._orders.heeded(self._orders.step_patience):
-                    await self._issue_first(state, checkpoint)
-                    ending = await self._take_steps()
+                    ending = await self._train_on(cut)
                     if ending is None:
                         after = await self._finish()
             except Ended as order:  # the step under way was abandoned
@@ -169,6 +181,15 @@ class Driver:
             )
         finally:
             await self._intake.window.cancel()
+
+    async def _train_on(self, cut: Cut) -> Ending | None:
+        """From a cut to the last step or an order; wherever the learner is lost, from the newest checkpoint again."""
+        while True:
+            try:
+                await self._issue_first(cut)
+                return await self._take_steps()
+            except (WorkerLost, DeadlineExceeded) as error:
+                cut = await self._begin_again(error)
 
     async def _take_steps(self) -> Ending | None:
         """All steps, or those until an order ends the run; returns that order."""
@@ -199,7 +220,7 @@ class Driver:
             raise TrainingFailed("no optimizer update was made: each had a gradient that was not finite")
         after = await self._evaluate("evaluate_after", sampled=True)
         for tracker in self._trackers[1:]:  # metrics.jsonl has one row a step; its last one is written
-            tracker.log(self._step, self._evaluation_metrics)
+            await self._hold.call(partial(tracker.log, self._step, self._evaluation_metrics))
         return after
 
     def _comparable_before(self) -> Evaluation | None:
@@ -221,14 +242,11 @@ class Driver:
         return "cancelled" if self._orders.ending == "cancelled" else "paused"
 
     def _stop_if_superseded(self) -> None:
-        if superseded(self._run_dir, self._attempt):
-            raise Superseded(
-                f"attempt {self._attempt} of {self._run_dir} was superseded by a later one, which goes on with the run"
-            )
+        stop_if_superseded(self._run_dir, self._attempt)
 
     # --- beginning -------------------------------------------------------------------------------------------------
 
-    async def _begin(self, checkpoint: Path | None) -> DriverState | None:
+    async def _begin(self, checkpoint: Path | None) -> Cut:
         """Initial or restored weights to all workers: nothing is issued under others."""
         rollout = self._spec.rollout
         self._journal.ledger(  # for whoever reads the journal alone
@@ -239,32 +257,56 @@ class Driver:
             max_staleness=rollout.max_staleness,
             keep=self._spec.checkpoint.keep,
         )
-        state = None
-        if checkpoint is not None:
-            with self._phase("restore"):
-                state = DriverState.read(checkpoint, self._prompts.fingerprint, spec_hash(self._spec))
-                with self._pulse.at("learner", "restore", f"loading {checkpoint.name}"):
-                    await self._parts.learner.load(checkpoint / "learner")
-                self._step = state.step
-                self._before = state.before
-                self._updates = state.updates
-                self._seconds.update(state.seconds)
-                self._prompts.restore(state.prompts)
-        if (
-            self._attempt > 1
-        ):  # what an earlier attempt consumed after this step is void, also if there is no checkpoint
-            self._journal.event("rollback", to_step=self._step, checkpoint=None if state is None else state.name)
-        await self._publish()
-        return state
+        try:
+            cut = await self._restore(checkpoint)
+            # What an earlier attempt, or lineage, consumed after this step is void, also if there is no checkpoint.
+            if self._attempt > 1 or self._recovery.lineage:
+                self._journal.event("rollback", to_step=self._step, checkpoint=checkpoint and checkpoint.name)
+            for tracker in self._trackers if self._recovery.lineage else ():
+                await self._hold.call(partial(tracker.rewind, self._step))
+            await self._publish()
+        except (WorkerLost, DeadlineExceeded) as error:
+            return await self._begin_again(error)
+        self._recovery.begun(self._version())
+        return cut
 
-    async def _issue_first(self, state: DriverState | None, checkpoint: Path | None) -> None:
+    async def _begin_again(self, error: WorkerLost | DeadlineExceeded) -> Cut:
+        """With a new learner, from its newest checkpoint; raises `error` if it was not the learner that was lost."""
+        with self._phase("recovery"):
+            checkpoint = await self._recovery.after(error, self._version())
+        return await self._begin(checkpoint)
+
+    async def _restore(self, checkpoint: Path | None) -> Cut:
+        """What the driver and the learner were at a checkpoint, or at the start."""
+        if checkpoint is None:
+            self._step = self._updates = 0
+            self._prompts.restore(self._first_prompts)
+            self._evaluation_metrics = {} if self._before is None else self._before.metrics()
+            return None
+        with self._phase("restore"):
+            state = DriverState.read(checkpoint, self._prompts.fingerprint, spec_hash(self._spec))
+            with self._pulse.at("learner", "restore", f"loading {checkpoint.name}"):
+                await self._parts.learner.load(checkpoint / "learner")
+        self._step = state.step
+        self._before = state.before
+        self._updates = state.updates
+        self._evaluation_metrics = {}
+        if not self._recovery.lineage:
+            self._seconds.update(state.seconds)
+        self._prompts.restore(state.prompts)
+        return state, checkpoint
+
+    async def _issue_first(self, cut: Cut) -> None:
         """The groups that were outstanding at the cut, in their order, then new ones."""
-        if state is None:
-            self._before = await self._evaluate("evaluate_before", sampled=True)
+        if cut is None:
+            self._before = self._before or await self._evaluate("evaluate_before", sampled=True)
         else:
-            assert checkpoint is not None
-            await restore_window(state, checkpoint, self._intake.window, self._parts.payloads, self._intake.collect)
-            kept = complete_groups(checkpoint)
+            self._intake.allow(
+                self._spec.rollout.max_staleness
+            )  # all that was outstanding, whatever the guard says by now
+            await restore_window(*cut, self._intake.window, self._parts.payloads, self._intake.collect)
+            self._intake.allow(self._guard.ahead)
+            kept = complete_groups(cut[1])
             for prompt in (entry.prompt for entry in self._intake.window.waiting()):
                 complete = prompt.id in kept
                 self._journal.ledger("issued", group=prompt.id, index=prompt.index, restored=True, complete=complete)
@@ -289,6 +331,7 @@ class Driver:
         self._step += 1
         self._updates += report.updates
         self._intake.drop_samples(report.dropped, self._step)
+        self._intake.window.trained()
         self._journal.ledger("consumed", step=self._step, groups=batch.advantages_by_group(set(report.dropped)))
         return metrics | dict(report.metrics)
 
@@ -300,8 +343,12 @@ class Driver:
                 "publishing weights and the workers' takeover", 2 * self._spec.deadlines.publish_s + GRACE_S
             ):
                 receivers = self._parts.rollouts.push_targets()
-                with self._pulse.at("learner", "publish", f"publishing weights {self._version()}"):
-                    self._published = await self._parts.learner.publish(self._version(), receivers)
+                try:
+                    with self._pulse.at("learner", "publish", f"publishing weights {self._version()}"):
+                        self._published = await self._parts.learner.publish(self._version(), receivers)
+                except (WorkerLost, DeadlineExceeded):
+                    self._parts.rollouts.push_failed()
+                    raise
                 with self._pulse.at(POOL, "takeover", f"taking weights {self._version()} over"):
                     takeovers = await self._parts.rollouts.update(self._published)
         self._journal.ledger(
@@ -317,7 +364,7 @@ class Driver:
         }
 
     def _version(self) -> PolicyVersion:
-        return PolicyVersion(self._attempt, self._step)
+        return PolicyVersion(self._attempt, self._step, self._recovery.lineage)
 
     # --- after a step ----------------------------------------------------------------------------------------------
 
@@ -331,6 +378,8 @@ class Driver:
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
         if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
             self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
+        if skipped := metrics.get("learner/nonfinite_updates"):
+            self._journal.event("condition", condition="NonfiniteUpdates", step=self._step, skipped=int(skipped))
         metrics["rollout/ahead"] = float(self._guard.ahead)
         for condition in self._guard.look(self._step, metrics):
             self._journal.event("condition", **condition)
@@ -339,11 +388,14 @@ class Driver:
         if stale > STALE_RATE_CONDITION:
             self._journal.event("condition", condition="StaleDrops", rate=stale)
         for tracker in self._trackers:
-            tracker.log(self._step, metrics)
+            await self._hold.call(partial(tracker.log, self._step, metrics))
         with self._pulse.at("storage", "write", "keeping samples"):
             await self._keep_samples(batch)
         drops = {str(reason): count for reason, count in self._intake.drops.items()}
         self._journal.event("step", step=self._step, steps=self._spec.steps, drops=drops, metrics=metrics)
+        await self._hold.through(self._sync)
+
+    async def _sync(self) -> None:
         with self._pulse.at("storage", "write", "making the journal durable"):
             await self._journal.sync()
 
@@ -369,13 +421,16 @@ class Driver:
 
     async def _checkpoint(self) -> None:
         request = self._orders.checkpoint_request()
+        folder = await self._hold.through(self._write_checkpoint)
+        self._orders.checkpoint_made(request)
+        self._journal.event("checkpoint", step=self._step, name=folder.name)
+        await self._hold.through(self._sync)
+
+    async def _write_checkpoint(self) -> Path:
         with self._phase("checkpoint"):
             async with self._bounded("the checkpoint", self._spec.deadlines.checkpoint_s + GRACE_S):
                 with self._pulse.at("checkpoint", "checkpoint", f"writing the checkpoint of step {self._step}"):
-                    folder = await self._checkpoints.write(self._step, self._fill_checkpoint, self._stop_if_superseded)
-        self._orders.checkpoint_made(request)
-        self._journal.event("checkpoint", step=self._step, name=folder.name)
-        await self._journal.sync()
+                    return await self._checkpoints.write(self._step, self._fill_checkpoint, self._stop_if_superseded)
 
     async def _fill_checkpoint(self, folder: Path) -> None:
         """The cut after a publish: what the run needs to go on from here as if nothing had happened."""

@@ -46,6 +46,8 @@ class Intake:
         """Groups among them that were too old."""
         self.examined: list[GradedGroup] = []
         """Groups that the batch was chosen from."""
+        self._rolled_back = 0
+        """Groups given up since the last batch was begun."""
 
     def allow(self, ahead: int) -> None:
         """Generate so many batches ahead of training from now on; what is outstanding beyond that is used up first."""
@@ -97,6 +99,8 @@ class Intake:
         wanted = self._spec.rollout.prompts_per_step
         taken: list[GradedGroup] = []
         self.drops, self.stale, self.examined = Counter(), [], []
+        if self._rolled_back:
+            self.drops[DropReason.ROLLED_BACK], self._rolled_back = self._rolled_back, 0
         dropped_in_a_row = 0
         while len(taken) < wanted:
             self.fill(version)
@@ -118,6 +122,17 @@ class Intake:
                         f"the last: {_last_detail(group)}; see `graded` and `dropped` in journal.jsonl"
                     )
         return make_batch(taken, self._spec, self._objective)
+
+    async def give_up(self, version: PolicyVersion, kept: frozenset[str]) -> None:
+        """End everything under way: its samples belong to a lineage that ends at `version`.
+
+        `kept` are groups that the checkpoint to go back to holds; prompts of all others are issued again from there.
+        """
+        for prompt in self.window.outstanding():
+            if prompt.id not in kept:
+                self._journal.ledger("dropped", group=prompt.id, reason=DropReason.ROLLED_BACK, step=version.number + 1)
+                self._rolled_back += 1
+        await self.window.cancel()
 
     def drop_samples(self, samples: tuple[tuple[str, int], ...], step: int) -> None:
         """Record (group, sample index) of what the learner could not use."""

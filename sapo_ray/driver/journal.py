@@ -19,12 +19,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sapo_ray.driver.files import append, came_of_a_full_disk
 from sapo_ray.driver.masking import Hidden, masked
-from sapo_ray.errors import CheckpointError, ResourceError, SapoRayError
+from sapo_ray.errors import CheckpointError, DiskFull, ResourceError, SapoRayError
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Journal:
         """Write and fsync everything recorded so far.
 
         Raises:
-            ResourceError: the disk did not take it; nothing is lost, the next call tries again.
+            ResourceError: the disk did not take it (DiskFull: it is full); nothing is lost, the next call tries again.
         """
         with self._lock:
             self.check()
@@ -106,27 +106,15 @@ class Journal:
             if not lines:
                 return
             try:
-                self._write("\n".join(lines) + "\n")
+                append(self._file, "\n".join(lines) + "\n")
+                self.durable = os.fstat(self._file).st_size
             except OSError as error:
-                raise ResourceError(
+                kind = DiskFull if came_of_a_full_disk(self.path, error) else ResourceError
+                raise kind(
                     f"{self.path} cannot be written ({error.strerror}); free some space on its disk, "
                     "then `sapo-ray resume` the run"
                 ) from error
             del self._unsynced[: len(lines)]
-
-    def _write(self, text: str) -> None:
-        """All of it durably, or none of it."""
-        whole = os.fstat(self._file).st_size
-        rest = memoryview(text.encode())
-        try:
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-            os.fsync(self._file)
-            self.durable = os.fstat(self._file).st_size
-        except OSError:
-            with suppress(OSError):  # what cannot be cut off now is a torn line to whoever opens the journal next
-                os.ftruncate(self._file, whole)
-            raise
 
     async def sync(self) -> None:
         """As `sync_now`, off the event loop."""

@@ -64,7 +64,11 @@ class Rollouts(Protocol):
         ...
 
     def push_targets(self) -> list[Any]:
-        """Actors that a native transport may push weights into; `update` must follow."""
+        """Actors that a native transport may push weights into; `update` must follow, or `push_failed`."""
+        ...
+
+    def push_failed(self) -> None:
+        """The learner was lost while it published: who may hold half a push is used no more."""
         ...
 
     async def update(self, published: Published) -> list[Takeover]:
@@ -102,7 +106,16 @@ class StepReport(Protocol):
 class Learner(Protocol):
     """Owns the weights."""
 
+    @property
+    def lost(self) -> bool:
+        """A verb failed because a rank died or did not finish: none of them is left."""
+        ...
+
     async def start(self) -> None: ...
+
+    async def restart(self) -> None:
+        """New ranks with the initial weights, in the place of lost ones."""
+        ...
 
     async def set_canary(self, sequences: tuple[tuple[int, ...], ...]) -> None: ...
 
@@ -135,5 +148,9 @@ class Tracker(Protocol):
     """Takes one row of metrics a step. `log` is called in the loop: it must not wait for anybody."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """Rows of later steps are void."""
+        ...
 
     def close(self) -> None: ...

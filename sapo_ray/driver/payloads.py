@@ -6,6 +6,7 @@ one after the other, and the length of each. Bits are kept as they are; texts ar
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -13,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import ray
 
-from sapo_ray.driver.files import fsync
+from sapo_ray.driver.files import append, fsync
 from sapo_ray.driver.journal import json_line
 from sapo_ray.driver.parts import Ref
 from sapo_ray.errors import CheckpointError
@@ -74,10 +75,13 @@ def _split(values: np.ndarray, lengths: np.ndarray, dtype: np.dtype[Any]) -> lis
 
 
 def append_texts(path: str, rows: list[dict[str, Any]], *payloads: CompletionPayload) -> None:
-    """Append one JSON line a completion; runs as a Ray task."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        for row, payload in zip(rows, payloads, strict=True):
-            file.write(json_line({**row, "completion": payload.text}) + "\n")
+    """Append one JSON line a completion, all or none; runs as a Ray task."""
+    lines = [json_line({**row, "completion": payload.text}) for row, payload in zip(rows, payloads, strict=True)]
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        append(file, "".join(line + "\n" for line in lines))
+    finally:
+        os.close(file)
 
 
 class RayPayloads:

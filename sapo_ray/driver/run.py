@@ -28,6 +28,7 @@ from sapo_ray.driver.cluster import published_bytes, ray_for
 from sapo_ray.driver.driver import Driver, Outcome, Parts
 from sapo_ray.driver.export import export
 from sapo_ray.driver.files import write_text
+from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.interrupts import Interrupts
 from sapo_ray.driver.journal import Journal, Listener
@@ -122,7 +123,7 @@ def _journalled(
         except ResourceError as error:
             refused = error
         journal.event("transition", state=state, reason=why, **({} if by is None else {"result": result}))
-        if refused is not None and state in ("failed", "interrupted"):
+        if refused is not None and state != "succeeded":
             log.error("%s", refused)
         elif refused is not None:
             raise refused
@@ -198,9 +199,13 @@ def _train_and_export(
     with pulse.at("model", "model", "preparing model and data"):
         inputs = prepare_inputs(spec, run_dir / "model", on_warm_start)
     orders.check_start(has_checkpoint=checkpoint is not None)
-    with trackers_of(spec, run_dir, step_of(checkpoint) if checkpoint else 0, journal) as trackers:
+    step = step_of(checkpoint) if checkpoint else 0
+    with (
+        DiskHold(run_dir, journal, orders).ready() as hold,
+        trackers_of(spec, run_dir, step, journal) as trackers,
+    ):
         run = _run(
-            spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders, interrupts, pulse
+            spec, inputs, run_dir, attempt, journal, checkpoints, checkpoint, trackers, orders, hold, interrupts, pulse
         )
         return asyncio.run(_unless_failed(copied(run, spec, journal, interrupts, pulse), orders))
 
@@ -221,6 +226,7 @@ async def _run(
     checkpoint: Path | None,
     trackers: list[Tracker],
     orders: StandingOrders,
+    hold: DiskHold,
     interrupts: Interrupts,
     pulse: Pulse,
 ) -> Outcome:
@@ -260,6 +266,7 @@ async def _run(
                 checkpoints=checkpoints,
                 trackers=trackers,
                 orders=orders,
+                hold=hold,
                 pulse=pulse,
             )
             forwarding = asyncio.create_task(_forward(rollouts.events, journal))
@@ -272,10 +279,18 @@ async def _run(
             outcome.seconds.update({"model": inputs.seconds, "start": started})
             if outcome.ending == "paused" or (outcome.ending == "cancelled" and orders.discard):
                 return outcome
-            with pulse.at("export", "export", "writing the trained model"):
-                return await export(
-                    outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s
-                )
+
+            async def exported() -> Outcome:
+                with pulse.at("export", "export", "writing the trained model"):
+                    return await export(
+                        outcome, learner, inputs.model_path, run_dir / "export", journal, spec.deadlines.checkpoint_s
+                    )
+
+            try:
+                return await hold.through(exported)
+            except Ended:  # cancelled while the disk is full
+                journal.event("condition", condition="NotExported", reason="the disk is full")
+                return outcome
         finally:
             interrupts.ending()
             beats.cancel()

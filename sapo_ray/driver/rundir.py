@@ -138,6 +138,12 @@ def superseded(run_dir: Path, attempt: int) -> bool:
     return _newest_attempt(run_dir / "attempt") > attempt
 
 
+def stop_if_superseded(run_dir: Path, attempt: int) -> None:
+    """Raise Superseded if a later attempt has taken the run over."""
+    if superseded(run_dir, attempt):
+        raise Superseded(f"attempt {attempt} of {run_dir} was superseded by a later one, which goes on with the run")
+
+
 def _newest_attempt(path: Path) -> int:
     try:
         return int(path.read_text())

@@ -45,6 +45,8 @@ class WandB:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({**metrics, STEP: step})
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None:
         self._run.finish()
 
@@ -75,6 +77,8 @@ class MLflow:
         now = int(time.time() * 1000)
         named = mlflow_names(metrics)
         self._client.log_batch(self._run_id, metrics=[self._metric(k, v, now, step) for k, v in named.items()])
+
+    def rewind(self, step: int) -> None: ...
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)

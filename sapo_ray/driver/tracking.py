@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sapo_ray.config.packages import check_packages
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.background import BackgroundTracker
-from sapo_ray.driver.files import not_written, write_text
+from sapo_ray.driver.files import append, not_written, write_text
 from sapo_ray.driver.journal import Journal, json_line
 from sapo_ray.driver.parts import Tracker
 from sapo_ray.driver.services import MLflow, WandB
@@ -21,27 +21,33 @@ from sapo_ray.errors import CheckpointError
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a step. Rows of an abandoned lineage are taken out on resume."""
+    """metrics.jsonl: one JSON object a step. Rows of an abandoned lineage are taken out."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = []
+        self._path = path
+        self._file = self._cut(resume_step)
+
+    def _cut(self, step: int) -> int:
+        """Leave the rows up to `step`; returns the file, open at its end."""
+        kept, path = [], self._path
         if path.exists():
             rows = (line for line in path.read_text().splitlines() if line.endswith("}"))
-            kept = [line for number, line in enumerate(rows, 1) if _step(path, number, line) <= resume_step]
+            kept = [line for number, line in enumerate(rows, 1) if _step(path, number, line) <= step]
         write_text(path, "".join(line + "\n" for line in kept))
-        self._path = path
-        self._file = path.open("a")
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         try:
-            self._file.write(json_line({"step": step, **metrics}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append(self._file, json_line({"step": step, **metrics}) + "\n")
         except OSError as error:
             raise not_written(self._path, error) from error
 
+    def rewind(self, step: int) -> None:
+        before, self._file = self._file, self._cut(step)
+        os.close(before)
+
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def _step(path: Path, number: int, line: str) -> int:
@@ -59,17 +65,35 @@ class TensorBoard:
     def __init__(self, folder: Path, resume_step: int) -> None:
         self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self._broken = False
+        """A row was not written whole; tensorboard's writer raises for ever after."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         try:
+            if self._broken:
+                self._reopen(step)
+            self._broken = True
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
+            self._broken = False
+        except OSError as error:
+            raise not_written(self._folder, error) from error
+
+    def rewind(self, step: int) -> None:
+        try:
+            self._reopen(step + 1)
         except OSError as error:
             raise not_written(self._folder, error) from error
 
     def close(self) -> None:
         self._writer.close()
+
+    def _reopen(self, step: int) -> None:
+        """A file of its own for `step` and later ones; what other files hold of them is void."""
+        with suppress(OSError):  # what it could not write is written again
+            self._writer.close()
+        self._writer = SummaryWriter(str(self._folder), purge_step=step)
 
 
 def open_trackers(spec: JobSpec, run_dir: Path, resume_step: int, warn: Callable[[str], None]) -> list[Tracker]:

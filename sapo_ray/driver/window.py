@@ -33,12 +33,14 @@ class Window:
     capacity: int
     _waiting: deque[Entry] = field(default_factory=deque)
     """Not yet in a batch, in issue order."""
-    _consumed: int = 0
-    """Groups in the batch that is being trained on; their slots are still taken."""
+    _batch: list[Prompt] = field(default_factory=list)
+    """Of the batch that is being trained on."""
+    _trained: int = 0
+    """Groups that were trained on; the workers do not have the weights yet, so their slots are still taken."""
 
     def __len__(self) -> int:
         """Slots that are taken."""
-        return len(self._waiting) + self._consumed
+        return len(self._waiting) + len(self._batch) + self._trained
 
     def free(self) -> int:
         """Slots that nothing holds."""
@@ -52,6 +54,10 @@ class Window:
         """Groups that could be in a batch now."""
         return sum(entry.task.done() for entry in self._waiting)
 
+    def outstanding(self) -> list[Prompt]:
+        """Prompts that were issued and neither trained on nor dropped, in issue order."""
+        return [*self._batch, *(entry.prompt for entry in self._waiting)]
+
     def first(self) -> Entry:
         """The waiting entry that was issued first."""
         return self._waiting[0]
@@ -63,8 +69,11 @@ class Window:
 
     def consume(self) -> None:
         """The first waiting group is in the batch now."""
-        self._waiting.popleft()
-        self._consumed += 1
+        self._batch.append(self._waiting.popleft().prompt)
+
+    def trained(self) -> None:
+        """The batch was trained on."""
+        self._trained, self._batch = len(self._batch), []
 
     def drop(self) -> None:
         """Give the first waiting group's slot back without training on it."""
@@ -72,7 +81,7 @@ class Window:
 
     def release(self) -> None:
         """Give the slots of consumed groups back: the workers have the weights that followed from them."""
-        self._consumed = 0
+        self._trained = 0
 
     async def cancel(self) -> None:
         """End all collecting; used when the driver stops."""
@@ -81,4 +90,4 @@ class Window:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._waiting.clear()
-        self._consumed = 0
+        self._batch, self._trained = [], 0

@@ -18,8 +18,8 @@ import os
 import pickle
 import pkgutil
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ SAFE_GLOBALS = (
     "deepspeed.utils.tensor_fragment:fragment_address",
 )
 """What DeepSpeed's own files hold beyond tensors and plain containers: three records of plain values."""
+UNWRITABLE = (OSError, RuntimeError)
+"""What torch raises where a file cannot be written."""
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, pickle.UnpicklingError)
 """What a damaged or foreign file raises when it is loaded."""
 
@@ -53,14 +55,30 @@ class Progress:
     nonfinite_in_row: int = 0
 
 
-def save(engine: Any, folder: Path, place: Place, spec: JobSpec, progress: Progress) -> None:
-    """Write this rank's part. Collective."""
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-    torch.save(_random_states(), folder / f"random-{place.rank}.pt")
+def save(engine: Any, folder: Path, place: Place, spec: JobSpec, progress: Progress) -> str:
+    """Write this rank's part. Collective.
+
+    Returns what could not be written, mostly for a full disk, and why; empty if all was. It is not raised, because the
+    other ranks would be left in a collective, and with them the weights.
+    """
+    refused: list[str] = []
+
+    def attempt(write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except UNWRITABLE as error:
+            refused.append(f"{type(error).__name__}: {error}".partition("\n")[0])
+
+    with ExitStack() as stack:
+        for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+            stack.enter_context(_through(attempt, owner, name))
+        engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    attempt(lambda: torch.save(_random_states(), folder / f"random-{place.rank}.pt"))
     if place.rank == 0:
         about = {"ranks": place.ranks, "zero_stage": spec.learner.zero_stage, "dtype": spec.model.dtype}
-        (folder / DESCRIPTION).write_text(json.dumps(about | asdict(progress), indent=1))
+        attempt(lambda: (folder / DESCRIPTION).write_text(json.dumps(about | asdict(progress), indent=1)))
     torch.distributed.barrier()
+    return "; ".join(refused)
 
 
 def load(engine: Any, folder: Path, place: Place, spec: JobSpec) -> Progress:
@@ -80,6 +98,17 @@ def load(engine: Any, folder: Path, place: Place, spec: JobSpec) -> Progress:
         raise CheckpointError(f"the learner checkpoint in {folder} is empty; choose an earlier checkpoint")
     _set_random_states(states)
     return Progress(steps=about["steps"], nonfinite_in_row=about["nonfinite_in_row"])
+
+
+@contextmanager
+def _through(attempt: Callable[[Callable[[], Any]], None], owner: Any, name: str) -> Iterator[None]:
+    """Whatever calls a method that writes files calls it through `attempt` meanwhile."""
+    write = getattr(owner, name)
+    setattr(owner, name, lambda *args, **named: attempt(lambda: write(*args, **named)))
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Ranks work in collectives, so a rank that dies leaves the others waiting. Every call therefore watches all ranks at
 once: the first failure ends the call, the remaining ranks are killed, and the caller hears which rank was lost. Every
-wait has a bound and a name. A group that failed is not used again: a new one loads the last checkpoint.
+wait has a bound and a name. A group that failed is `lost` until `restart` has put new ranks in its place, which then
+load a checkpoint.
 
     spec.deadlines.start_s       actors placed, model loaded, engines ready
     spec.deadlines.step_s        train
@@ -47,6 +48,9 @@ class LearnerGroup:
         self.spec = spec
         self.model_path = model_path
         self.ranks: list[RankInfo] = []
+        self.lost = False
+        """A verb failed, so all ranks were ended; see restart."""
+        self._canary: tuple[tuple[int, ...], ...] = ()
         self._actors: list[Any] = []
         self._placement: PlacementGroup | None = None
         self._version = PolicyVersion(0, 0)
@@ -73,6 +77,17 @@ class LearnerGroup:
         host, port = await self._on_rank_0("listen", name, end)
         self.ranks = await self._on_all("setup", name, end, host, port)
         self._check_object_store()
+        self.lost = False
+
+    async def restart(self) -> None:
+        """New ranks with the same job, canary and initial weights, in the place of those that are left.
+
+        New processes find each other through a new store, so nothing of the old ones is joined. Raises as start does.
+        """
+        self._kill()
+        await self.start()
+        if self._canary:
+            await self.set_canary(self._canary)
 
     async def close(self) -> None:
         """End all ranks. Safe to call more than once."""
@@ -86,7 +101,7 @@ class LearnerGroup:
 
     async def set_canary(self, sequences: Sequence[Sequence[int]]) -> None:
         """Sequences by which receivers of published weights are tested (I3). Raises as canary_sequences does."""
-        fixed = canary_sequences(sequences)
+        fixed = self._canary = canary_sequences(sequences)
         end = time.monotonic() + self.spec.deadlines.publish_s
         await self._on_all("set_canary", "learner set_canary (deadlines.publish_s)", end, fixed)
 
@@ -148,8 +163,16 @@ class LearnerGroup:
         return Published(manifest=manifest, buckets=tuple(buckets))
 
     async def save(self, folder: Path) -> None:
-        """Write all ranks' state into an existing, empty folder. Durability and visibility are the caller's."""
-        await self._checkpoint("save", folder)
+        """Write all ranks' state into an existing, empty folder. Durability and visibility are the caller's.
+
+        Raises
+            ResourceError: the disk did not take it; the ranks and their weights are as they were
+            WorkerLost, DeadlineExceeded: the group is closed
+        """
+        refused = await self._checkpoint("save", folder)
+        for rank, reason in enumerate(refused):
+            if reason:
+                raise ResourceError(f"learner rank {rank} could not write its part of {folder}: {reason}")
 
     async def load(self, folder: Path) -> None:
         """Restore what save wrote, right after start. Raises CheckpointError."""
@@ -206,9 +229,9 @@ class LearnerGroup:
                 f"{needed * 1.25:.0f} bytes (and as much shared memory: /dev/shm of a container is 64 MB by default)"
             )
 
-    async def _checkpoint(self, verb: str, folder: Path) -> None:
+    async def _checkpoint(self, verb: str, folder: Path) -> list[Any]:
         end = time.monotonic() + self.spec.deadlines.checkpoint_s
-        await self._on_all(verb, f"learner {verb} {folder} (deadlines.checkpoint_s)", end, str(folder))
+        return await self._on_all(verb, f"learner {verb} {folder} (deadlines.checkpoint_s)", end, str(folder))
 
     async def _on_all(self, verb: str, name: str, end: float, *args: Any) -> list[Any]:
         """One verb on all ranks; results by rank."""
@@ -235,9 +258,9 @@ class LearnerGroup:
                 await asyncio.wait(pending, timeout=DEATH_NOTICE_S)
             problem = self._explain(tasks, name)
         except asyncio.CancelledError:
-            self._kill()
+            self._lose()
             raise
-        self._kill()
+        self._lose()
         for task in tasks:
             task.cancel()  # they would fail unheard
         raise problem
@@ -259,6 +282,10 @@ class LearnerGroup:
             return WorkerLost(f"{name}: rank {rank} failed:\n{error}")
         waiting = [rank for rank, task in enumerate(tasks) if not task.done()]
         return DeadlineExceeded(f"{name}: rank {waiting} not done in time; the learner group is closed")
+
+    def _lose(self) -> None:
+        self.lost = True
+        self._kill()
 
     def _kill(self) -> None:
         """End every rank. Their tasks fail, so that no thread is left waiting for them."""

@@ -18,7 +18,6 @@ factor world size and scale_wrt_gas=False, and hence the accumulation boundary i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -41,6 +40,7 @@ from sapo_ray.errors import TrainingFailed
 from sapo_ray.learner import checkpoint
 from sapo_ray.learner.batching import MicroBatch, RankPlan
 from sapo_ray.learner.engine import Place, build_engine, check_settings, join
+from sapo_ray.learner.offending import keep_offending
 from sapo_ray.learner.reports import RankInfo, UpdateReport
 from sapo_ray.learner.schedule import learning_rate
 from sapo_ray.learner.sender import Sender
@@ -207,9 +207,12 @@ class LearnerWorker:
             self._push.push(receivers)
         yield from self.sender.publish(version, pushed=native)
 
-    def save(self, folder: str) -> None:
-        """Write model, optimizer, position in the schedule and random states into an existing folder. Collective."""
-        checkpoint.save(self.engine, Path(folder), self.place, self.spec, self.progress)
+    def save(self, folder: str) -> str:
+        """Write model, optimizer, position in the schedule and random states into an existing folder. Collective.
+
+        Returns what could not be written and why; empty if all was.
+        """
+        return checkpoint.save(self.engine, Path(folder), self.place, self.spec, self.progress)
 
     def load(self, folder: str) -> None:
         """Restore what save wrote, into a group that has not trained yet. Collective.
@@ -238,28 +241,10 @@ class LearnerWorker:
             self._max_log_ratio = max(self._max_log_ratio, difference)
 
     def _fail(self, plan: RankPlan, update: int, loss: float, norm: float) -> None:
-        """Keep this rank's part of the offending mini-batch as JSON lines and give up."""
-        folder = Path(self.spec.run_dir or ".") / "nonfinite"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"step-{plan.step:06d}-update-{update}-rank-{self.place.rank}.jsonl"
-        with file.open("w", encoding="utf-8") as out:
-            for rows in plan.mini_batches[plan.updates[update]]:
-                for row in rows:
-                    payload = self._payloads[row.slot]
-                    record = {
-                        "group_id": row.id[0],
-                        "sample_index": row.id[1],
-                        "advantage": row.advantage,
-                        "loss_weight": row.weight,
-                        "prompt_token_ids": payload.prompt_token_ids.tolist(),
-                        "token_ids": payload.token_ids.tolist(),
-                        "rollout_logprobs": payload.logprobs.tolist(),
-                        "text": payload.text,
-                    }
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Keep this rank's part of the offending mini-batch and give up."""
+        kept = keep_offending(Path(self.spec.run_dir or "."), plan, update, self._payloads, self.place.rank)
         raise TrainingFailed(
             f"step {plan.step}: {self.progress.nonfinite_in_row} updates in a row had a non-finite gradient "
             f"(learner.max_nonfinite: {self.spec.learner.max_nonfinite}; last loss {loss:g}, gradient norm {norm:g}); "
-            f"the offending batch is kept in {folder} and the weights are those before it; "
-            "a lower learner.lr or algorithm.restoring may help"
+            f"{kept} and the weights are those before it; a lower learner.lr or algorithm.restoring may help"
         )

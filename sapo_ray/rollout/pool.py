@@ -46,11 +46,18 @@ class RolloutPool(Membership):
         self._choice = LeastLoaded(self._usable, self._is_usable)
 
     def push_targets(self) -> list[Any]:
-        """Actors for a native weight push, which `update` must follow; all others take the buckets."""
+        """Actors for a native weight push, which `update` or `push_failed` must follow; all others take the buckets."""
         # Not into one that is just taking older weights over: two updates at once would break its engine.
         ready = [worker for worker in self._ready() if not worker.bringing.locked()]
         self._pushed_to = frozenset(worker.id for worker in ready)
         return [worker.actor for worker in ready]
+
+    def push_failed(self) -> None:
+        """The learner was lost while it published: an engine with half a native push in it must not sample again."""
+        if self._spec.transport != "shared_memory":
+            for worker in [worker for worker in self._ready() if worker.id in self._pushed_to]:
+                self._lose(worker, WeightsRefused(f"the learner was lost while it pushed weights into {worker.id}"))
+        self._pushed_to = frozenset()
 
     async def generate(self, request: GroupRequest) -> AsyncGenerator[tuple[CompletionMeta, Ref], None]:
         """Yield (meta, ref of the payload) of each completion as it finishes, all from one worker.

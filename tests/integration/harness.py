@@ -51,7 +51,20 @@ class Command:
                     found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-        return found + sorted(set(os.listdir("/dev/shm")) - self.shm_before)
+        files = set(os.listdir("/dev/shm")) - self.shm_before
+        return found + sorted(name for name in files if not name.startswith("PostgreSQL."))  # of a server beside us
+
+    def pids(self, role: str) -> list[int]:
+        """Living actors of a class, e.g. `LearnerWorker`, as Ray names their processes."""
+        found = []
+        for process in psutil.process_iter(["pid"]):
+            try:
+                named = " ".join(process.cmdline()).startswith(f"ray::{role}")
+                if named and process.environ().get("SAPO_TEST_TAG") == self.tag:
+                    found.append(process.pid)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
 
     def leaves_nothing(self) -> list[str]:
         """What is still there after the bound; [] is what we want."""

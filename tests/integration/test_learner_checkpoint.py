@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from learner_probe import Learners, job, make_samples
 
-from sapo_ray.errors import CheckpointError
+from sapo_ray.errors import CheckpointError, ResourceError
 from sapo_ray.types import PolicyVersion
 
 pytestmark = pytest.mark.integration
@@ -85,3 +87,39 @@ async def test_a_damaged_checkpoint_is_refused(learners: Learners, tmp_path: Pat
     group = await learners.with_job(job(learners.model, zero_stage=2, ranks=1))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         await group.load(tmp_path)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system that is too small for a checkpoint."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command here: a small file system cannot be made")
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+async def test_a_disk_that_fills_while_the_ranks_save_costs_no_rank_and_no_bit(
+    learners: Learners, full_disk: Path, tmp_path: Path
+) -> None:
+    group = await learners.with_job(job(learners.model, zero_stage=2, ranks=2))
+    await group.train(0, make_samples(0))
+    pids, before = group.pids(), (await group.publish(V1)).manifest.fingerprint
+    with pytest.raises(ResourceError, match=r"learner rank \d could not write its part of .*full"):
+        await group.save(full_disk)
+    assert not group.lost
+    assert (await group.publish(V1)).manifest.fingerprint == before
+    (tmp_path / "roomy").mkdir()
+    await group.save(tmp_path / "roomy")
+    went_on = await group.train(1, make_samples(1))
+    assert group.pids() == pids
+    group = await learners.with_job(job(learners.model, zero_stage=2, ranks=2))
+    await group.load(tmp_path / "roomy")
+    await group.publish(V1)
+    assert (await group.train(1, make_samples(1))).details == went_on.details

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -31,6 +32,11 @@ EXACT = ("learner/loss", "learner/grad_norm", "reward/mean", "length/mean", "pol
 def arguments(run_dir: Path, *settings: str) -> list[str]:
     job = str(ROOT / "configs" / "quickstart.yaml")
     return ["train", job, *(a for s in (*SMALL, f"run_dir={run_dir}", *settings) for a in ("--set", s))]
+
+
+def published(run_dir: Path, version: str) -> bool:
+    lines = rows(run_dir / "journal.jsonl")
+    return any((line["kind"], line.get("version")) == ("published", version) for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +76,7 @@ def test_the_trained_model_is_copied_to_where_the_job_wants_it(uninterrupted: Pa
     assert event["files"] == len(files)
 
 
-def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_uninterrupted_one(
+def test_a_run_that_is_interrupted_and_loses_its_learner_and_its_driver_repeats_the_losses_of_an_uninterrupted_one(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -86,11 +92,19 @@ def test_an_interrupted_then_killed_then_resumed_run_repeats_the_losses_of_an_un
     second = Command(["resume", str(run_dir)], reward_pause_s=0.5)
     process = second.start(log)
     wait_for(lambda: any(row["step"] >= 3 for row in rows(run_dir / "metrics.jsonl")), process, log)
+    engines = second.pids("RolloutWorker"), second.pids("VerifierWorker")
+    os.kill(second.pids("LearnerWorker")[0], signal.SIGKILL)
+    wait_for(lambda: published(run_dir, "2.3.1"), process, log)
+    assert (second.pids("RolloutWorker"), second.pids("VerifierWorker")) == engines
     process.kill()
     process.wait(timeout=30)
     assert second.leaves_nothing() == [], "after kill -9 of the driver"
 
     run(["resume", str(run_dir)], log)
+    rollbacks = [
+        (row["attempt"], row["to_step"]) for row in rows(run_dir / "journal.jsonl") if row["kind"] == "rollback"
+    ]
+    assert rollbacks[1] == (2, 2), "within the second attempt, to the checkpoint of step 2"
     expected = [[row[key] for key in EXACT] for row in rows(uninterrupted / "metrics.jsonl")]
     assert [[row[key] for key in EXACT] for row in rows(run_dir / "metrics.jsonl")] == expected
     assert (run_dir / "attempt").read_text().strip() == "3"
@@ -123,6 +137,43 @@ def test_overlapped_training_on_real_engines_stays_within_its_bound(tmp_path: Pa
     assert metrics[-1]["age/sample_max"] == 0
     [throttled] = [row for row in rows(tmp_path / "run" / "journal.jsonl") if row.get("condition") == "Throttled"]
     assert throttled["reason"].endswith("> guard.max_kl 1e-12: generation is synchronous (rollout.max_staleness 1)")
+
+
+def test_overlapped_training_that_loses_a_learner_rank_keeps_its_bound_and_an_exact_ledger(tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    settings = ["steps=8", "rollout.max_staleness=1", "learner.ranks=2", "checkpoint.keep=9"]
+    command = Command(arguments(run_dir, *settings), reward_pause_s=0.05)
+    process = command.start(log)
+    wait_for(lambda: len(rows(run_dir / "metrics.jsonl")) >= 3, process, log)
+    engines = command.pids("RolloutWorker")
+    os.kill(command.pids("LearnerWorker")[1], signal.SIGKILL)
+    wait_for(lambda: any(line["kind"] == "rollback" for line in rows(run_dir / "journal.jsonl")), process, log)
+    assert command.pids("RolloutWorker") == engines
+    assert process.wait(timeout=300) == 0, log.read_text()[-4000:]
+    assert command.leaves_nothing() == []
+
+    metrics = rows(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert max(row["age/sample_max"] for row in metrics) == 1
+    assert sum(row["drops/stale"] for row in metrics) == 0
+
+    ledger = rows(run_dir / "journal.jsonl")
+    (back,) = [i for i, line in enumerate(ledger) if line["kind"] == "rollback"]
+    to_step, after = ledger[back]["to_step"], ledger[back:]
+    kept = [line for line in ledger[:back] if line["kind"] == "consumed" and line["step"] <= to_step]
+    again = [line for line in after if line["kind"] == "consumed"]
+    assert [line["step"] for line in kept + again] == [1, 2, 3, 4, 5, 6, 7, 8]
+    consumed = [group for line in kept + again for group in line["groups"]]
+    issued = list(dict.fromkeys(line["group"] for line in ledger if line["kind"] == "issued"))
+    assert consumed == issued, "each prompt once, in order of issue"
+    cut = json.loads((run_dir / "checkpoints" / f"step-{to_step:06d}" / "driver.json").read_text())["outstanding"]
+    held = {one["prompt"]["id"] for one in cut if one["complete"]}
+    assert held, "groups that were complete at the cut"
+    assert held.isdisjoint(line["group"] for line in after if line["kind"] == "graded"), "and are not sampled again"
+    versions = {
+        span[0] for line in after if line["kind"] == "graded" for c in line["completions"] for span in c["spans"]
+    }
+    assert all(version.endswith(".1") and version.count(".") == 2 for version in versions)
 
 
 def smoke(tmp_path: Path, train: Path, test: Path) -> None:

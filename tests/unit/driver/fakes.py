@@ -19,6 +19,7 @@ from sapo_ray.config.load import resolve
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.driver import Driver, Parts
+from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.journal import Journal, read_journal
 from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.payloads import load_payloads, save_payloads
@@ -126,6 +127,8 @@ class FakeRollouts:
     def push_targets(self) -> list[Any]:
         return []
 
+    def push_failed(self) -> None: ...
+
     async def update(self, published: Published) -> list[Takeover]:
         self.version = published.manifest.version
         return [Takeover(worker="w0", version=self.version, seconds=0.0, canary_max=0.0, canary_mean=0.0)]
@@ -214,6 +217,22 @@ class FakeLearner:
     number: int = 0
     dropped: tuple[tuple[str, int], ...] = ()
     updates: int = 1
+    dies: list[tuple[str, int]] = field(default_factory=list)
+    """(verb, step) at which a rank dies, each once; verbs are train, publish, save, load, restart."""
+    lost: bool = False
+    restarts: int = 0
+
+    def live_through(self, verb: str, step: int) -> None:
+        assert not self.lost
+        if (verb, step) in self.dies:
+            self.dies.remove((verb, step))
+            self.lost = True
+            raise WorkerLost(f"learner {verb}: rank 0 died")
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        self.lost, self.trained = False, []
+        self.live_through("restart", self.restarts)
 
     async def start(self) -> None: ...
 
@@ -224,6 +243,7 @@ class FakeLearner:
     async def train(self, step: int, samples: list[Any]) -> Any:
         if step == self.fail_at:
             raise WorkerLost("learner rank 0 died")
+        self.live_through("train", step)
         self.busy = True
         await asyncio.sleep(self.seconds)
         self.busy = False
@@ -232,10 +252,11 @@ class FakeLearner:
         return SimpleNamespace(metrics={"loss": float(len(samples))}, updates=self.updates, dropped=self.dropped)
 
     async def publish(self, version: PolicyVersion, receivers: list[Any]) -> Published:
+        self.live_through("publish", version.number)
         self.number = version.number
         manifest = WeightsManifest(
             version=version,
-            fingerprint=f"{version.attempt:08x}{version.number:08x}",
+            fingerprint=f"{version.attempt:04x}{version.lineage:04x}{version.number:08x}",
             tensors=(),
             bucket_nbytes=(),
             canary=Canary(sequences=(), logprobs=()),
@@ -244,10 +265,12 @@ class FakeLearner:
         return Published(manifest=manifest, buckets=())
 
     async def save(self, folder: Path) -> None:
+        self.live_through("save", self.number)
         folder.mkdir()
         (folder / "weights.json").write_text(json.dumps(self.trained))
 
     async def load(self, folder: Path) -> None:
+        self.live_through("load", int(folder.parent.name.removeprefix("step-")))
         self.trained = [[tuple(s) for s in batch] for batch in json.loads((folder / "weights.json").read_text())]
 
 
@@ -274,6 +297,9 @@ class RowKeeper:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.rows[step] = metrics
 
+    def rewind(self, step: int) -> None:
+        self.rows = {number: row for number, row in self.rows.items() if number <= step}
+
     def close(self) -> None: ...
 
 
@@ -289,6 +315,7 @@ class Bench:
     prompts: FakePrompts = field(default_factory=FakePrompts)
     rows: RowKeeper = field(default_factory=RowKeeper)
     evaluation: list[Prompt] = field(default_factory=list)
+    trackers: list[Any] = field(default_factory=list)
     orders: StandingOrders = field(default_factory=StandingOrders)
 
     async def attempt(self, number: int = 1) -> Any:
@@ -296,6 +323,7 @@ class Bench:
         (self.run_dir / "attempt").write_text(str(number))
         journal = Journal(self.run_dir / "journal.jsonl", number)
         checkpoints = Checkpoints(self.run_dir / "checkpoints", keep=2, min_free_gb=0)
+        hold = DiskHold(self.run_dir, journal, self.orders)
         driver = Driver(
             spec=self.spec,
             objective=resolve_objective(self.spec.algorithm, 16, 1.0),
@@ -311,11 +339,13 @@ class Bench:
             ),
             journal=journal,
             checkpoints=checkpoints,
-            trackers=[self.rows],
+            trackers=[*self.trackers, self.rows],
             orders=self.orders,
+            hold=hold,
         )
         try:
-            return await driver.run(checkpoints.newest())
+            with hold.ready():
+                return await driver.run(checkpoints.newest())
         finally:
             journal.close()
             found = audit(self.run_dir).findings  # whatever a test is about, nothing is lost or doubled on the way

@@ -23,15 +23,23 @@ SPEC = JobSpec.model_validate({"steps": 1, "model": {"path": "m"}, "data": {"tra
 PLACE = Place(rank=0, ranks=1, gpu=False, transport="shared_memory")
 
 
+class Files:
+    def save(self, state_dict: Any, path: Path) -> None:
+        torch.save(state_dict, path)
+
+
 class Engine:
     """Stands for DeepSpeed's: writes `state` and reads it as DeepSpeed does, asking for the unrestricted loader."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
+        self.checkpoint_engine = Files()
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         (Path(folder) / tag).mkdir()
-        torch.save(self.state, Path(folder) / tag / "state.pt")
+        self.checkpoint_engine.save(self.state, Path(folder) / tag / "state.pt")
+
+    def _copy_recovery_script(self, path: str) -> None: ...
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
         self.state = torch.load(Path(folder) / tag / "state.pt", weights_only=False)
