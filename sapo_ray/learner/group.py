@@ -82,7 +82,9 @@ class LearnerGroup:
     async def restart(self) -> None:
         """New ranks with the same job, canary and initial weights, in the place of those that are left.
 
-        New processes find each other through a new store, so nothing of the old ones is joined. Raises as start does.
+        They have the room of the old ones, which nobody else could take meanwhile; Ray finds another for what was on a
+        lost node. New processes find each other through a new store, so nothing of the old ones is joined. Raises as
+        start does.
         """
         self._kill()
         await self.start()
@@ -90,8 +92,11 @@ class LearnerGroup:
             await self.set_canary(self._canary)
 
     async def close(self) -> None:
-        """End all ranks. Safe to call more than once."""
+        """End all ranks and give their room back. Safe to call more than once."""
         self._kill()
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
 
     def pids(self) -> list[int]:
         """Process ids by rank."""
@@ -188,11 +193,11 @@ class LearnerGroup:
     async def _place(self, gpu: bool, end: float) -> None:
         bundle = {"CPU": 1.0, "GPU": self._gpu_share()} if gpu else {"CPU": 1.0}
         count, where = self.spec.learner.ranks, label_selector("learner")
-        self._placement = placement_group(
+        self._placement = self._placement or placement_group(
             [bundle] * count, strategy="PACK", bundle_label_selector=[where] * count if where else None
         )
         if not await asyncio.to_thread(self._placement.wait, max(1.0, end - time.monotonic())):
-            self._kill()
+            await self.close()
             free = {key: amount for key, amount in ray.available_resources().items() if key in ("CPU", "GPU")}
             raise ResourceError(
                 f"no room for learner.ranks: {self.spec.learner.ranks} within deadlines.start_s "
@@ -292,9 +297,6 @@ class LearnerGroup:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
 
 
 def _drain(stream: Any) -> tuple[list[Any], Any]:

@@ -107,6 +107,8 @@ class Learners:
         ranks, path = spec.learner.ranks, str(model or self.model)
         group = self._groups.get(ranks)
         if group is None or not group._actors:
+            if group is not None:
+                await group.close()
             group = self._groups[ranks] = probes(spec, path)
             await group.start()
             return group

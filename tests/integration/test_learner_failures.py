@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from learner_probe import Learners, ask, job, make_samples
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from sapo_ray.errors import DeadlineExceeded, ModelError, ResourceError, WorkerLost
 from sapo_ray.learner.group import LearnerGroup
@@ -46,13 +48,23 @@ async def test_a_rank_killed_in_the_middle_of_a_step_is_heard_of_at_once(learner
     assert gone(pids), "the survivor is ended, too"
 
 
-async def test_a_rank_that_died_between_steps_is_heard_of_in_the_next(learners: Learners) -> None:
+async def test_a_rank_that_died_between_steps_is_heard_of_in_the_next_and_its_room_is_kept_for_new_ranks(
+    learners: Learners,
+) -> None:
     group = await learners.with_job(job(learners.model, zero_stage=2, ranks=2))
-    os.kill(group.pids()[1], signal.SIGKILL)
+    before = group.pids()
+    waiting = placement_group([{"CPU": ray.cluster_resources()["CPU"] - 1}])  # somebody who would take what gets free
+    os.kill(before[1], signal.SIGKILL)
     with pytest.raises(WorkerLost, match="rank 1 died"):
         await asyncio.wait_for(group.publish(PolicyVersion(1, 1)), 30)
     with pytest.raises(AssertionError, match="closed after a failure"):
         await group.train(0, make_samples())
+    await group.restart()
+    assert len(group.pids()) == 2
+    assert set(group.pids()).isdisjoint(before)
+    assert not waiting.wait(0.1)
+    remove_placement_group(waiting)
+    await group.train(0, make_samples())
 
 
 async def test_a_step_over_its_deadline_names_itself_and_ends_the_group(learners: Learners) -> None:
@@ -86,6 +98,7 @@ async def test_a_model_that_does_not_load_is_named_at_the_start(ray_session: Non
     group = LearnerGroup(job(tmp_path), str(tmp_path / "missing"))
     with pytest.raises(ModelError, match=r"model.path 'missing' cannot be loaded"):
         await group.start()
+    await group.close()
 
 
 async def test_settings_that_need_gpus_are_refused_where_there_are_none(
