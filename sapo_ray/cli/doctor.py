@@ -46,11 +46,11 @@ def doctor(
         checks = [one for one in CHECKS if one in (only or CHECKS)]
         given = {"data_dir": data_dir, "ray_jobs_url": ray_jobs_url}
         settings = load_settings(**{name: value for name, value in given.items() if value is not None})
-        if cluster and "ray_jobs_url" not in settings.model_fields_set:
-            raise typer.BadParameter(
-                "there is no cluster: name its dashboard with --ray-jobs-url or SAPO_RAY_JOBS_URL",
-                param_hint="--cluster",
-            )
+        if cluster and not (settings.shared_cluster and "ray_jobs_url" in settings.model_fields_set):
+            why = "name its dashboard with --ray-jobs-url or SAPO_RAY_JOBS_URL"
+            if not settings.shared_cluster:
+                why = "each job has one of its own while it runs (SAPO_SHARED_CLUSTER=false)"
+            raise typer.BadParameter(f"there is no cluster: {why}", param_hint="--cluster")
         found = []
         for look in (local.look, nodes.look) if cluster else (local.look,):
             for one in look(settings, checks):

@@ -11,6 +11,7 @@ from sapo_ray.control.settings import Settings
 from sapo_ray.doctor.findings import Check, Finding
 from sapo_ray.doctor.machine import check_gpu, check_shm, gpus
 from sapo_ray.doctor.network import Dashboard, check_clock, check_dns, check_ray
+from sapo_ray.doctor.own_clusters import check_kubernetes
 from sapo_ray.doctor.ping import check_nccl_here
 from sapo_ray.doctor.storage import check_storage
 from sapo_ray.doctor.versions import check_ray_version
@@ -59,7 +60,7 @@ def token(settings: Settings) -> str | None:
 
 
 def _names_a_cluster(settings: Settings) -> bool:
-    return "ray_jobs_url" in settings.model_fields_set
+    return settings.shared_cluster and "ray_jobs_url" in settings.model_fields_set
 
 
 def _of_the_cluster(settings: Settings, checks: Collection[Check]) -> Iterator[Finding]:
@@ -68,7 +69,12 @@ def _of_the_cluster(settings: Settings, checks: Collection[Check]) -> Iterator[F
         return
     told: Dashboard | None = None
     why = "the service starts a Ray of its own: no SAPO_RAY_JOBS_URL, no --ray-jobs-url"
-    if _names_a_cluster(settings):
+    if not settings.shared_cluster:
+        why = "each job has a Ray of its own, which is there while it runs"
+        if "ray" in wanted:
+            yield check_kubernetes(settings)
+            wanted.remove("ray")
+    elif _names_a_cluster(settings):
         found, told = check_ray(settings.ray_jobs_url, token(settings))
         why = "Ray cannot be asked"
         if "ray" in wanted:

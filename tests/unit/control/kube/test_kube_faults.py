@@ -11,7 +11,9 @@ import pytest
 from fake_operator import PODS, READY, SECRETS
 from kube_world import JOB, KubeWorld, documented, request
 from test_kube_launch import NAME, start, waits
+from typer.testing import CliRunner
 
+from sapo_ray.cli import app
 from sapo_ray.control.kube import KubeClient, KubeClusters
 from sapo_ray.control.kube.making import Options
 from sapo_ray.control.launcher import ClusterUnavailable, LauncherUnavailable, LaunchRefused
@@ -242,3 +244,42 @@ def test_a_wrong_template_is_refused_at_the_start(kube: KubeWorld) -> None:
         kube.launcher()
     assert Options(template=kube.template, secret="s").deadline_s == 1800
     assert kube.kube.of(SECRETS) == {}
+
+
+def doctor(kube: KubeWorld, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
+    settings = {
+        "SAPO_SHARED_CLUSTER": "false",
+        "SAPO_CLUSTER_TEMPLATE": str(kube.template),
+        "SAPO_RAY_AUTH_TOKEN": "t" * 64,
+        "SAPO_KUBE_URL": kube.kube.url,
+        "SAPO_KUBE_ACCOUNT_DIR": str(kube.account),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["doctor", "--only", "ray", "--only", "clock", *arguments])
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_the_doctor_asks_the_kubernetes_api(kube: KubeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = doctor(kube, monkeypatch)
+    assert code == 0
+    assert "the Kubernetes API shows the service those that are its own" in said
+    assert "each job has a Ray of its own" in said
+    assert kube.clusters() == {}
+    kube.kube.rules.pop(0)
+    code, said = doctor(kube, monkeypatch)
+    assert code == 1
+    assert 'cannot list resource "rayclusters"' in said
+    assert "needs the rights that docs/kubernetes.md lists" in said
+
+
+def test_the_doctor_looks_at_the_template_and_at_no_node(kube: KubeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = documented("apiVersion")
+    del template["spec"]["workerGroupSpecs"][2]
+    kube.write(template)
+    code, said = doctor(kube, monkeypatch)
+    assert code == 1
+    assert "needs one group with groupName verifier" in said
+    code, said = doctor(kube, monkeypatch, "--cluster")
+    assert code == 2
+    assert "SAPO_SHARED_CLUSTER=false" in said
