@@ -210,7 +210,11 @@ FEATURES: dict[str, Object] = {
         "networkPolicy": {"ingressFrom": [{"namespaceSelector": {"matchLabels": {"name": "ingress"}}}]},
     },
     "monitoring": {
-        "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}, "dashboard": {"enabled": True}}
+        "monitoring": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "p"}},
+            "alerts": {"enabled": True, "labels": {"release": "p"}},
+            "dashboard": {"enabled": True},
+        }
     },
     "no_metrics": {"monitoring": {"metrics": False}},
     "one_node": {"singleNode": True, "storage": {"hostPath": "/srv/rl"}},

@@ -1,4 +1,5 @@
-"""Schemas of Kubernetes (strict: unknown fields are errors), KubeRay's where they are at hand, and ServiceMonitor's."""
+"""Schemas of Kubernetes (strict: unknown fields are errors), KubeRay's where they are at hand, and those of the
+Prometheus operator."""
 
 from __future__ import annotations
 
@@ -52,6 +53,50 @@ SERVICE_MONITOR = {
     },
 }
 """The part of it that the chart uses."""
+PROMETHEUS_RULE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "monitoring.coreos.com/v1"},
+        "kind": {"const": "PrometheusRule"},
+        "metadata": {"type": "object"},
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["groups"],
+            "properties": {
+                "groups": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["name", "rules"],
+                        "properties": {
+                            "name": {"type": "string"},
+                            "rules": {
+                                "type": "array",
+                                "items": {
+                                    "type": "object",
+                                    "additionalProperties": False,
+                                    "required": ["alert", "expr"],
+                                    "properties": {
+                                        "alert": {"type": "string"},
+                                        "expr": {"type": "string"},
+                                        "for": {"type": "string", "pattern": "^[0-9]+[smh]$"},
+                                        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+                                        "annotations": {"type": "object", "additionalProperties": {"type": "string"}},
+                                    },
+                                },
+                            },
+                        },
+                    },
+                }
+            },
+        },
+    },
+}
+"""Likewise."""
 
 
 def problems(thing: dict[str, Any], version: str = NEWEST) -> list[str]:
@@ -70,6 +115,8 @@ def has_crds() -> bool:
 def _validator(api: str, kind: str, version: str) -> Validator:
     if kind == "ServiceMonitor":
         return jsonschema.Draft202012Validator(SERVICE_MONITOR)
+    if kind == "PrometheusRule":
+        return jsonschema.Draft202012Validator(PROMETHEUS_RULE)
     if api.startswith("ray.io/"):
         return jsonschema.Draft202012Validator(_crds()[api, kind])
     schema, registry = _kubernetes(api, kind, version)

@@ -28,6 +28,7 @@ from chart_rendering import (
 
 from sapo_ray.config.sections import VerifierSpec
 from sapo_ray.control.settings import Settings, load_settings
+from sapo_ray.doctor import cluster as doctor_cluster
 
 CASES: dict[str, Object] = {
     "defaults": {},
@@ -176,13 +177,27 @@ def test_the_file_of_sqlite_lies_on_a_volume_of_its_own(monkeypatch: pytest.Monk
     assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_helms_test_looks_with_the_eyes_of_the_service(name: str) -> None:
+    """The same image, user, nodes, environment and storage, so that what is found is so for the service."""
+    objects = render(CASES[name])
+    test, service = one(objects, "Pod")["spec"], one(objects, "Deployment")["spec"]["template"]["spec"]
+    (doctor,), (control,) = test["containers"], service["containers"]
+    asked = ["--only", "dns", "--only", "storage"] if name in PER_JOB else ["--cluster"]
+    assert doctor["command"] == ["sapo-ray", "doctor", *asked]
+    assert (doctor["image"], doctor["env"]) == (control["image"], control["env"])
+    assert test["securityContext"] == service["securityContext"]
+    for key in ("nodeSelector", "tolerations", "affinity", "priorityClassName"):
+        assert test.get(key) == service.get(key)
+    assert [container["name"] for container in test["initContainers"]] == ["ready"]
+    assert test["activeDeadlineSeconds"] > 240 + doctor_cluster.BOUND_S
+
+
 @pytest.mark.parametrize("name", sorted({*WITH_RAY} - {*PER_JOB}))
-def test_the_service_and_all_ray_pods_see_one_storage_at_one_path(name: str) -> None:
+def test_the_service_its_test_and_all_ray_pods_see_one_storage_at_one_path(name: str) -> None:
     objects = render(CASES[name])
     seen = set()
-    for pod, template in pod_templates(objects):
-        if pod.endswith("-test"):
-            continue
+    for _, template in pod_templates(objects):
         (volume,) = [volume for volume in template["spec"]["volumes"] if volume["name"] == "data"]
         mounts = template["spec"]["containers"][0]["volumeMounts"]
         paths = [mount["mountPath"] for mount in mounts if mount["name"] == "data"]

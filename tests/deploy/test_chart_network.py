@@ -57,6 +57,7 @@ def test_nothing_talks_to_anything_but_what_is_listed() -> None:
         ("control", "head", 8265),
         ("head", "control", 8800),
         ("test", "control", 8800),
+        ("test", "head", 8265),
         ("neighbour", "control", 8800),
         ("prometheus", "control", 8801),
     }

@@ -40,6 +40,9 @@
 {{- if and $v.monitoring.serviceMonitor.enabled (not $v.monitoring.metrics) -}}
 {{- $found = append $found "monitoring.metrics: is false, so the ServiceMonitor would find nothing; set it to true, or monitoring.serviceMonitor.enabled=false" -}}
 {{- end -}}
+{{- if and $v.monitoring.alerts.enabled (not $v.monitoring.metrics) -}}
+{{- $found = append $found "monitoring.metrics: is false, so the alerts would know of nothing; set it to true, or monitoring.alerts.enabled=false" -}}
+{{- end -}}
 {{- if and $v.kueue.priorityClass (not $v.kueue.queue) -}}
 {{- $found = append $found "kueue.priorityClass: means nothing without kueue.queue; set kueue.queue too" -}}
 {{- end -}}
