@@ -50,8 +50,8 @@ class Diagnosis(Wire):
     """What is the matter with a job."""
 
     verdict: Verdict
-    """healthy: it gets on. waiting: for its turn, its cluster, or for being resumed. stalled: it should get on and does
-    not. failed: it ended by an error. ended: succeeded or cancelled."""
+    """healthy: it gets on. waiting: for its turn, its cluster, for being resumed, or for who takes the place of a lost
+    part. stalled: it should get on and does not. failed: it ended by an error. ended: succeeded or cancelled."""
     component: str | None
     """The part that the verdict is about; null where there is nothing to name."""
     summary: str

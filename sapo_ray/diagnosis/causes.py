@@ -143,13 +143,15 @@ KINDS = (
         "(see dmesg on its machine)",
     ),
 )
+_GUESSES = re.compile(r"There are some potential root causes.*")
+"""Ray says this of every actor that died, memory among the guesses."""
 _NAMED = re.compile(r"\b(rollout|verifier|learner)-\d+(\.\d+)?\b")
 _RANK = re.compile(r"\brank \[?(\d+)")
 
 
 def kind_of(*said: str) -> Kind:
     """The kind of a trouble by what was said of it, the first words before the others."""
-    for text in said:
+    for text in (_GUESSES.sub("", one) for one in said):
         for kind in KINDS:
             if re.search(kind.words, text):
                 return kind

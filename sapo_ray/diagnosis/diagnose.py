@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapo_ray.api.diagnosis import ComponentState, Diagnosis, Verdict
-from sapo_ray.diagnosis.causes import CLUSTER, STORAGE, kind_by
+from sapo_ray.diagnosis.causes import CLUSTER, STORAGE, component_of, kind_by
 from sapo_ray.diagnosis.first_cause import VAGUE, Event, Log, cause, first_cause
-from sapo_ray.diagnosis.vitals import DRIVER, WRITTEN_S, Component, Vitals, as_time, loop, names, stalls
+from sapo_ray.diagnosis.vitals import DRIVER, WRITTEN_S, Component, Vitals, as_time, loop, names, replacements, stalls
 
 FULL_BYTES = 32 << 20
 """A disk with less free than this is full."""
@@ -34,8 +34,12 @@ REMEDIES = {
     "end it and `sapo-ray resume` the run",
     "control plane": "see that the service runs and is reached from the cluster; training goes on, its events wait in "
     "the journal",
+    CLUSTER: "add machines, end other jobs, or ask for less: rollout.workers, rollout.min_workers, learner.ranks; the "
+    "run goes on by itself once there is room, and gives up after deadlines.start_s",
     "model": "look at driver.log: a model or data set may be on its way from the Hub",
 }
+LEARNER_LOST = "LearnerLost"
+"""Condition while a new learner goes back to the newest checkpoint."""
 GOES_ON_WITHOUT = frozenset({"control plane"})
 
 
@@ -119,6 +123,8 @@ def _live(known: Evidence) -> Diagnosis:
     if found := stalls(vitals, known.now):
         at = min(known.now, vitals.written)
         return _stalled(known, found, at)
+    if lost := _replaced(known, vitals):
+        return lost
     summary = f"{known.state}{_step(known)}, phase {vitals.phase}"
     if busy := names(vitals.components):
         summary += f"; at work: {busy}"
@@ -134,6 +140,22 @@ def _stalled(known: Evidence, found: Sequence[Component], at: float) -> Diagnosi
     answer = _verdict(known, "stalled", first.name, summary, since, _remedy(first.name))
     own = cause(first.name, first.story(at), since, known.log)
     return answer.model_copy(update={"cause": own.model_copy(update={"code": "silent"})})
+
+
+def _replaced(known: Evidence, vitals: Vitals) -> Diagnosis | None:
+    """A part that was lost, while another comes in its place."""
+    if condition := next((one for one in known.conditions if one["type"] == LEARNER_LOST), None):
+        text, since, lost = str(condition["reason"]), _since(condition, known), "learner"
+        coming = "a new learner goes on from the newest checkpoint"
+    elif found := replacements(vitals):
+        text, since, lost = found[0].after, found[0].since, found[0].name
+        coming = f"{names(found)} is starting in its place"
+    else:
+        return None
+    first = cause(component_of(text, lost), text, since, known.log)
+    summary = f"{first.component} was lost {known.now - since:.0f} s ago: {_line(text)}; {coming}"
+    remedy = f"nothing if it happens once; else {kind_by(first.code).remedy}"
+    return _verdict(known, "waiting", first.component, summary, since, remedy).model_copy(update={"cause": first})
 
 
 def _silent(known: Evidence, vitals: Vitals) -> Diagnosis:
@@ -185,7 +207,9 @@ def _verdict(
     known: Evidence, verdict: Verdict, component: str | None, summary: str, since: float, remedy: str = ""
 ) -> Diagnosis:
     notes = [
-        f"{one['type']}: {one['reason']}" for one in known.conditions if str(one["type"]) not in (*HELD, "Stalled")
+        f"{one['type']}: {one['reason']}"
+        for one in known.conditions
+        if str(one["type"]) not in (*HELD, "Stalled", LEARNER_LOST)
     ]
     return Diagnosis(
         verdict=verdict,

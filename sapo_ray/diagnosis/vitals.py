@@ -23,6 +23,8 @@ FLOOR_S = 15.0
 """Nothing counts as stalled before this: machines have hiccups."""
 START_FLOOR_S = 120.0
 """The same for a part that starts: images are pulled, nodes come up, models are read."""
+PLACE_FLOOR_S = 30.0
+"""The same for a cluster that has no room: nodes may be on their way."""
 LOOP_S = 15.0
 """The driver's loop beats every second; nothing that it does by itself takes longer than this."""
 WRITTEN_S = 20.0
@@ -39,12 +41,14 @@ class Activity:
     name: str
     """rollout-0, verifier-1, learner, storage, ..."""
     kind: str
-    """Of the work: start, sample, grade, train, publish, takeover, checkpoint, export, output, write, deliver."""
+    """Of the work: place, start, sample, grade, train, publish, takeover, checkpoint, export, output, write, ..."""
     task: str
     """In words."""
     since: float
     progress: float
     """When it last got on."""
+    after: str = ""
+    """Of a start: how the one was lost whose place it takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +64,8 @@ class Component:
     """Seconds; None before the first was finished."""
     patience: float
     """Seconds without progress that are no reason to worry."""
+    after: str = ""
+    """Of a start: how the one was lost whose place it takes."""
 
     def quiet(self, now: float) -> float:
         """Seconds without progress."""
@@ -101,6 +107,8 @@ def patience(kind: str, usual: float | None, deadline_s: float | None) -> float:
     Args:
         deadline_s: bound of such work; half of it stands in for experience.
     """
+    if kind == "place":
+        return PLACE_FLOOR_S
     floor = START_FLOOR_S if kind == "start" else FLOOR_S
     if usual is not None:
         return max(floor, FACTOR * usual)
@@ -120,15 +128,23 @@ def parse(text: str | bytes) -> Vitals | None:
 def stalls(vitals: Vitals, now: float) -> list[Component]:
     """Who stalls, the likeliest culprit first.
 
-    What hangs because somebody else hangs is left out: everything if it is the driver, the pool's own wait if there is
-    a part that it waits for.
+    What hangs because somebody else does is left out: everything if that is the driver, the pool's own wait if it waits
+    for a part that hangs, starts, or finds no room. Who finds no room comes first: others wait for it.
     """
     at = min(now, vitals.written)
     if vitals.loop is not None and at - vitals.loop > LOOP_S:
         return [loop(vitals, at)]
     found = [component for component in vitals.components if component.stalled(at)]
     named = [component for component in found if component.name != POOL]
-    return sorted(named or found, key=lambda one: (one.kind == "deliver", one.progress))
+    if named or any(component.kind in ("start", "place") for component in vitals.components):
+        found = named
+    return sorted(found, key=lambda one: (one.kind == "deliver", one.kind != "place", one.progress))
+
+
+def replacements(vitals: Vitals) -> list[Component]:
+    """Parts that start in the place of lost ones, the oldest first."""
+    found = [component for component in vitals.components if component.kind == "start" and component.after]
+    return sorted(found, key=lambda one: one.since)
 
 
 def loop(vitals: Vitals, now: float) -> Component:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import ray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from sapo_ray.actor_log import LOG_DIR
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.errors import ResourceError
+from sapo_ray.errors import ModelError, ResourceError
 from sapo_ray.temporary import temporary_folder
 
 ACTOR_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -99,9 +99,12 @@ def _says_something(file: Path) -> bool:
 
 
 def published_bytes(folder: Path, dtype: str) -> int:
-    """Size of a model folder's weights in the dtype in which they are published."""
+    """Size of a model folder's weights in the dtype in which they are published. Raises ModelError if damaged."""
     elements = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            elements += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, framework="numpy") as file:
+                elements += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"model.path: {path} is damaged ({error}); fetch or copy it again") from error
     return elements * {"float32": 4, "bfloat16": 2}[dtype]

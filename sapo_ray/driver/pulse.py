@@ -66,10 +66,13 @@ class Pulse:
     # --- on the loop -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def at(self, name: str, kind: str, task: str) -> Iterator[None]:
-        """A part works on something; when it succeeds, how long it took is what is usual."""
+    def at(self, name: str, kind: str, task: str, after: str = "") -> Iterator[None]:
+        """A part works on something; when it succeeds, how long it took is what is usual.
+
+        `after`: of a start, how the one was lost whose place it takes.
+        """
         key, now = object(), time.time()
-        self._under_way[key] = Activity(name=name, kind=kind, task=task, since=now, progress=now)
+        self._under_way[key] = Activity(name=name, kind=kind, task=task, since=now, progress=now, after=after)
         try:
             with self.timed(kind):
                 yield
@@ -141,6 +144,7 @@ class Pulse:
             progress=max(one.progress, self._group) if one.name == POOL else one.progress,
             usual=usual,
             patience=patience(one.kind, usual, self._deadlines.get(one.kind)),
+            after=one.after,
         )
 
     def _run(self) -> None:

@@ -68,7 +68,7 @@ class Recovery:
             checkpoint = await asyncio.to_thread(self._checkpoints.newest)
             await self._intake.give_up(version, complete_groups(checkpoint) if checkpoint else frozenset())
             try:
-                with self._pulse.at("learner", "start", "starting again"):
+                with self._pulse.at("learner", "start", "starting again", after=str(error)):
                     await self._learner.restart()
             except (WorkerLost, DeadlineExceeded) as again:
                 error = again

@@ -245,7 +245,7 @@ async def _run(
             payloads=RayPayloads(),
         )
         interrupts.cancel_here()  # again: Ray takes SIGTERM for itself
-        beats = asyncio.create_task(pulse.beat(rollouts.activity, verifiers.activity))
+        beats = asyncio.create_task(pulse.beat(rollouts.activity, verifiers.activity, learner.activity))
         try:
             async with orders.heeded(orders.start_patience(has_checkpoint=checkpoint is not None)):
                 with pulse.at("learner", "start", "starting"):

@@ -27,6 +27,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sapo_ray.algorithms.diagnostics import TokenStats
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.diagnosis.causes import CLUSTER
+from sapo_ray.diagnosis.vitals import Activity
 from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError, WorkerLost
 from sapo_ray.learner.batching import plan_step
 from sapo_ray.learner.engine import Place
@@ -53,6 +55,8 @@ class LearnerGroup:
         self._canary: tuple[tuple[int, ...], ...] = ()
         self._actors: list[Any] = []
         self._placement: PlacementGroup | None = None
+        self._placing: float | None = None
+        """Since when there is no room for the ranks, while that is so; Unix seconds."""
         self._version = PolicyVersion(0, 0)
 
     # -- start and end -------------------------------------------------------------------------------------------
@@ -97,6 +101,13 @@ class LearnerGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+
+    def activity(self) -> list[Activity]:
+        """The cluster, while it has no room for the ranks."""
+        if (since := self._placing) is None:
+            return []
+        task = f"making room for {self.spec.learner.ranks} learner ranks"
+        return [Activity(name=CLUSTER, kind="place", task=task, since=since, progress=since)]
 
     def pids(self) -> list[int]:
         """Process ids by rank."""
@@ -196,7 +207,12 @@ class LearnerGroup:
         self._placement = self._placement or placement_group(
             [bundle] * count, strategy="PACK", bundle_label_selector=[where] * count if where else None
         )
-        if not await asyncio.to_thread(self._placement.wait, max(1.0, end - time.monotonic())):
+        self._placing = time.time()
+        try:
+            placed = await asyncio.to_thread(self._placement.wait, max(1.0, end - time.monotonic()))
+        finally:
+            self._placing = None
+        if not placed:
             await self.close()
             free = {key: amount for key, amount in ray.available_resources().items() if key in ("CPU", "GPU")}
             raise ResourceError(

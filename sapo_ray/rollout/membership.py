@@ -16,12 +16,14 @@ lost       replaced REPLACEMENTS times within an hour; then the pool shrinks, an
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from contextlib import suppress
 
 import ray
 
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.diagnosis.causes import CLUSTER
 from sapo_ray.diagnosis.vitals import Activity
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, TrainingFailed
 from sapo_ray.placement import wants_gpus
@@ -116,8 +118,14 @@ class Membership(Supervised):
         return [worker.info() for worker in self._workers.values()]
 
     def activity(self) -> list[Activity]:
-        """What every worker that has something to do is at."""
-        return [one for worker in self._workers.values() if (one := worker.activity()) is not None]
+        """What every worker that has something to do is at; the cluster, while too few have room in it."""
+        at_work = [one for worker in self._workers.values() if (one := worker.activity()) is not None]
+        pending = [worker for worker in self._staying() if worker.state is WorkerState.PENDING]
+        if not pending or len(self._staying()) - len(pending) >= self._minimum:
+            return at_work
+        since = time.time() - (asyncio.get_running_loop().time() - min(worker.last_progress for worker in pending))
+        task = f"making room for {', '.join(worker.id for worker in pending[:3])}"
+        return [*at_work, Activity(name=CLUSTER, kind="place", task=task, since=since, progress=since)]
 
     def living(self) -> int:
         """Workers that sample, or are just taking newer weights over."""
@@ -175,8 +183,9 @@ class Membership(Supervised):
         worker = self._workers[slot] = RemoteWorker(self._spec, self._model_path, name, slot, self._gpus)
         return worker
 
-    def _add(self, slot: int) -> None:
+    def _add(self, slot: int, after: str = "") -> None:
         worker = self._spawn(slot)
+        worker.after = after
         self._background(self._join(worker, self._start_worker(worker)))
 
     async def _start_worker(self, worker: RemoteWorker) -> None:
@@ -237,7 +246,7 @@ class Membership(Supervised):
         self._event("worker_lost", worker, reason=str(reason))
         self._endings.add(self._background(worker.kill()))
         if wanted and self._may_replace(worker):
-            self._add(worker.slot)
+            self._add(worker.slot, f"{worker.id}: {reason}")
         elif wanted:
             self._shrink(worker, reason)
         self._notify()

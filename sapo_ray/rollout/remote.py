@@ -88,6 +88,8 @@ class RemoteWorker:
         self.in_flight = 0
         self.recalled = ""
         """Why what it samples is taken back, if it is."""
+        self.after = ""
+        """How the worker was lost whose place this one takes."""
         self.bringing = asyncio.Lock()
         self.bringing_since = 0.0
         """When the takeover under way began; the loop's clock, as below."""
@@ -129,7 +131,8 @@ class RemoteWorker:
         else:
             return None
         at = time.time() - (asyncio.get_running_loop().time() - since)
-        return Activity(name=self.id, kind=kind, task=task, since=at, progress=at)
+        after = self.after if kind == "start" else ""
+        return Activity(name=self.id, kind=kind, task=task, since=at, progress=at, after=after)
 
     async def placed(self, wait_s: float) -> bool:
         """Whether the cluster has room for the worker, which is kept for it; waits for that no longer than this."""

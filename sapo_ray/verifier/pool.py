@@ -86,6 +86,8 @@ class _Worker:
         self.in_flight = 0
         self.progress = time.time()
         """When it last took or finished a call, came up, or was lost; Unix seconds."""
+        self.after = ""
+        """How the actor was lost that is being replaced."""
         self.lost = asyncio.Event()
         """Set when `actor` is given up, so that the calls it holds do not wait for it."""
 
@@ -94,7 +96,8 @@ class _Worker:
         if self.actor is not None and not self.in_flight:
             return None
         kind, task = ("start", "starting") if self.actor is None else ("grade", f"grading {self.in_flight} completions")
-        return Activity(name=self.name, kind=kind, task=task, since=self.progress, progress=self.progress)
+        at, after = self.progress, self.after if kind == "start" else ""
+        return Activity(name=self.name, kind=kind, task=task, since=at, progress=at, after=after)
 
 
 class VerifierPool:
@@ -273,7 +276,7 @@ class VerifierPool:
         self._workers_lost += 1
         self._last_failure = f"{worker.name}: {type(error).__name__}: {error}".strip()
         log.warning("verifier actor lost: %s", self._last_failure.splitlines()[0])
-        worker.actor, worker.progress = None, time.time()
+        worker.actor, worker.progress, worker.after = None, time.time(), self._last_failure
         worker.lost.set()
         ray.kill(actor)
         task = asyncio.create_task(self._replace(worker), name=f"replace {worker.name}")

@@ -37,9 +37,10 @@ def vitals(*components: Component, written: float = NOW, loop: float | None = NO
     )  # fmt: skip
 
 
-def part(name: str, quiet: float, task: str = "sampling 16 completions") -> Component:
+def part(name: str, quiet: float, task: str = "sampling 16 completions", **more: Any) -> Component:
     at = NOW - quiet
-    return Component(name=name, kind="sample", task=task, since=at, progress=at, usual=1.2, patience=15.0)
+    given = {"kind": "sample", "usual": 1.2, "patience": 15.0} | more
+    return Component(name=name, task=task, since=at, progress=at, **given)
 
 
 def test_the_engine_that_ran_out_of_memory_is_named_and_not_the_pool_that_failed_for_it() -> None:
@@ -120,6 +121,19 @@ def test_what_killed_a_worker_is_read_from_its_own_log() -> None:
     assert (diagnosis.component, diagnosis.cause.code) == ("rollout-0", "out_of_memory")
 
 
+def test_what_ray_guesses_of_every_dead_actor_is_no_cause() -> None:
+    end = (
+        "WorkerLost: step 3: learner prepare (deadlines.step_s): rank 0 died: The actor is dead because its worker "
+        "process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a "
+        "connection error code 2. End of file. There are some potential root causes. (1) The process is killed by "
+        "SIGKILL by OOM killer due to high memory usage. (2) ray stop --force is called. (3) The worker is crashed "
+        "unexpectedly due to SIGSEGV or other unexpected errors."
+    )
+    diagnosis = found("failed", end)
+    assert diagnosis.cause is not None
+    assert (diagnosis.component, diagnosis.cause.code) == ("learner-0", "worker_died")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -165,6 +179,33 @@ def test_a_run_that_gets_on_is_healthy_and_its_conditions_are_notes() -> None:
     diagnosis = found("running", vitals=vitals(part("rollout-0", 2.0)), conditions=conditions)
     assert (diagnosis.verdict, diagnosis.component, diagnosis.remedy) == ("healthy", None, "")
     assert diagnosis.notes == ["VerifierErrors: rate 0.08"]
+
+
+def test_a_worker_that_is_being_replaced_is_named_with_how_it_was_lost_and_its_own_last_lines() -> None:
+    lost = "rollout-0: rollout-0 died (sample group a:1:0): The actor died unexpectedly"
+    coming = part("rollout-0.1", 12.0, "starting", kind="start", patience=120.0, after=lost)
+    diagnosis = found("running", vitals=vitals(coming, part("rollout-1", 1.0)), logs={"rollout-0.log": OOM})
+    assert (diagnosis.verdict, diagnosis.component) == ("waiting", "rollout-0")
+    assert diagnosis.summary.startswith("rollout-0 was lost 12 s ago: rollout-0: rollout-0 died")
+    assert diagnosis.summary.endswith("rollout-0.1 is starting in its place")
+    assert diagnosis.cause is not None
+    assert (diagnosis.cause.code, diagnosis.cause.lines) == ("out_of_memory", OOM)
+    late = part("rollout-0.1", 130.0, "starting", kind="start", patience=120.0, after=lost)
+    assert found("running", vitals=vitals(late)).verdict == "stalled", "the replacement hangs too"
+
+
+def test_a_learner_rank_that_is_being_replaced_is_named_until_the_new_one_has_begun() -> None:
+    reason = "step 3: learner forward_backward (0,) (deadlines.step_s): rank 1 died: the actor is dead"
+    lost = {"type": "LearnerLost", "reason": reason, "since": NOW - 8}
+    starting = part("learner", 8.0, "starting again", kind="start", patience=120.0)
+    diagnosis = found("running", vitals=vitals(starting), conditions=[lost], logs={"learner-1.log": ["Killed"]})
+    assert (diagnosis.verdict, diagnosis.component, diagnosis.notes) == ("waiting", "learner-1", [])
+    assert diagnosis.since.timestamp() == NOW - 8
+    assert "a new learner goes on from the newest checkpoint" in diagnosis.summary
+    unwritten = part("learner", 8.0, "starting again", kind="start", patience=120.0, after=reason)
+    assert found("running", vitals=vitals(unwritten)).component == "learner-1", "before the journal says so"
+    assert diagnosis.cause is not None
+    assert (diagnosis.cause.code, diagnosis.cause.lines) == ("worker_died", ["Killed"])
 
 
 def test_a_driver_that_writes_nothing_any_more_is_named() -> None:

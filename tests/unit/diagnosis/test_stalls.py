@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sapo_ray.diagnosis.vitals import POOL, Component, Vitals, names, parse, patience, stalls
+from sapo_ray.diagnosis.vitals import POOL, Component, Vitals, names, parse, patience, replacements, stalls
 
 NOW = 1000.0
 
@@ -51,6 +51,25 @@ def test_several_stalled_parts_are_named_the_longest_quiet_first() -> None:
 def test_a_pool_that_waits_for_its_worker_is_not_the_culprit() -> None:
     assert named(part(POOL, 40), part("rollout-1", 30)) == "rollout-1"
     assert named(part(POOL, 40)) == POOL
+
+
+def test_a_pool_that_waits_for_a_worker_to_start_is_not_the_culprit_either_and_the_start_has_its_own_patience() -> None:
+    assert named(part(POOL, 40), part("rollout-0.1", 30, kind="start")) == ""
+    assert named(part(POOL, 140), part("rollout-0.1", 130, kind="start")) == "rollout-0.1"
+
+
+def test_a_cluster_without_room_is_named_after_half_a_minute_and_before_those_who_wait_for_it() -> None:
+    room = part("cluster", 29, usual=None, kind="place")
+    assert named(room, part("learner", 30, usual=None, kind="start")) == ""
+    longer = part("cluster", 130, usual=None, kind="place")
+    assert named(longer, part("learner", 131, usual=None, kind="start")) == "cluster, learner"
+
+
+def test_who_starts_in_the_place_of_a_lost_one_is_told_from_who_only_starts() -> None:
+    second = part("rollout-0.1", 3, kind="start", after="rollout-0: killed")
+    assert replacements(record(part("rollout-1", 9, kind="start"), second, part("learner", 1, kind="train"))) == [
+        second
+    ]
 
 
 def test_a_loop_without_heartbeat_is_named_alone() -> None:

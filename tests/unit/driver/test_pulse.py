@@ -30,6 +30,7 @@ from sapo_ray.driver.orders import StandingOrders
 from sapo_ray.driver.pulse import Pulse
 from sapo_ray.driver.wire import Wire
 from sapo_ray.errors import DataError, ModelError, ResourceError
+from sapo_ray.models.builtin import make_addition_model
 
 ROOT = Path(__file__).parents[3]
 
@@ -170,6 +171,18 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert (found.verdict, found.component) == ("failed", "model")
     assert found.cause is not None
     assert str(tmp_path / "gone") in found.cause.text
+
+
+def test_a_model_that_is_damaged_is_named_before_any_engine_starts(tmp_path: Path) -> None:
+    make_addition_model(tmp_path / "model", 0)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    cut = small_job(tmp_path / "run", model={"path": str(tmp_path / "model")})
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+        run.train(cut)
+    found = named(tmp_path / "run")
+    assert (found.verdict, found.component) == ("failed", "model")
+    assert "copy it again" in found.summary
 
 
 def test_a_data_set_that_is_gone_is_named(tmp_path: Path) -> None:
