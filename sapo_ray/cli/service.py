@@ -65,10 +65,13 @@ def apply_cluster(
 ) -> None:
     """Make or change the RayCluster that jobs share, from within a pod; leaves to Ray's autoscaler what it decided."""
     with user_errors():
-        from sapo_ray.control.shared_cluster import ApiServer, apply, read_manifest
+        from sapo_ray.control.kube.client import KubeClient, in_cluster_url
+        from sapo_ray.control.settings import load_settings
+        from sapo_ray.control.shared_cluster import apply, read_manifest
 
-        wanted = read_manifest(manifest)
-        with ApiServer.of_this_pod() as api:
+        wanted, settings = read_manifest(manifest), load_settings()
+        url = settings.kube_url or in_cluster_url()
+        with KubeClient(url, settings.kube_account_dir, wanted["metadata"]["namespace"]) as api:
             print(f"RayCluster {wanted['metadata']['name']}: {apply(api, wanted, owner)}")
 
 

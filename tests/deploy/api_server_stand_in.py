@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import ipaddress
 import json
 import re
 import ssl
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import crd_schemas
 import kube_schemas
+from api_server_tools import Failure, certificate, json_patch, merge
 
 Object = dict[str, Any]
 ADMIN = "admin"
@@ -28,6 +29,8 @@ KINDS = {
     "pods": ("v1", "Pod"),
     "services": ("v1", "Service"),
     "configmaps": ("v1", "ConfigMap"),
+    "secrets": ("v1", "Secret"),
+    "events": ("v1", "Event"),
     "serviceaccounts": ("v1", "ServiceAccount"),
     "persistentvolumeclaims": ("v1", "PersistentVolumeClaim"),
     "deployments": ("apps/v1", "Deployment"),
@@ -43,25 +46,13 @@ PATH = re.compile(r"^/apis?/(?P<api>.+)/namespaces/(?P<namespace>[^/]+)/(?P<plur
 VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
-class Failure(Exception):
-    """Answered as a Status."""
-
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.body = {
-            **{"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"},
-            **{"message": message, "reason": reason, "code": code},
-        }
-        self.code = code
-
-
 class Kubernetes:
     """The server. `before_write` is called before each write, with verb and name, outside the lock."""
 
     def __init__(self, folder: Path) -> None:
         self.authority = folder / "ca.crt"
         key = folder / "key.pem"
-        _certificate(self.authority, key)
+        certificate(self.authority, key)
         self.objects: dict[tuple[str, str, str], Object] = {}
         self.log: list[tuple[str, str, str, int]] = []
         """User, verb, plural/name, status."""
@@ -146,14 +137,14 @@ class Kubernetes:
                 raise Failure(409, "AlreadyExists", f'{plural} "{name}" already exists')
             return self._store(key, copy.deepcopy(body))
         if key not in self.objects:
-            raise Failure(404, "NotFound", f'{plural} "{name}" not found')
+            raise Failure(404, "NotFound", f'{plural} "{name}" not found', name)
         live = self.objects[key]
         if verb == "delete":
             return self._delete(key)
         if verb == "get":
             return copy.deepcopy(live)
         if verb == "patch":
-            body = _json_patch(live, body) if "json-patch" in how["content"] else _merge(copy.deepcopy(live), body)
+            body = json_patch(live, body) if "json-patch" in how["content"] else merge(copy.deepcopy(live), body)
         wanted = body["metadata"].get("resourceVersion")
         if wanted is not None and wanted != live["metadata"]["resourceVersion"]:
             raise Failure(
@@ -185,7 +176,7 @@ class Kubernetes:
             for group in thing["spec"].get("workerGroupSpecs", []):  # the schema's defaults
                 for name, value in {"minReplicas": 0, "replicas": 0, "numOfHosts": 1, "scaleStrategy": {}}.items():
                     group.setdefault(name, value)
-            if not kube_schemas.has_crds():
+            if not crd_schemas.has_crds():
                 return
         found = kube_schemas.problems({name: value for name, value in thing.items() if name != "status"})
         if found:
@@ -285,65 +276,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
-
-
-def _merge(into: Object, change: Object) -> Object:
-    """RFC 7386."""
-    for key, value in change.items():
-        if value is None:
-            into.pop(key, None)
-        elif isinstance(value, dict):
-            into[key] = _merge(into[key] if isinstance(into.get(key), dict) else {}, value)
-        else:
-            into[key] = value
-    return into
-
-
-def _json_patch(thing: Object, operations: list[Object]) -> Object:
-    """RFC 6902, of which add, replace, remove and test are used."""
-    thing = copy.deepcopy(thing)
-    for one in operations:
-        *path, last = [part.replace("~1", "/").replace("~0", "~") for part in one["path"].split("/")[1:]]
-        place: Any = thing
-        for part in path:
-            place = place[int(part)] if isinstance(place, list) else place[part]
-        key = int(last) if isinstance(place, list) and last != "-" else last
-        if one["op"] == "test":
-            if place[key] != one["value"]:
-                raise Failure(422, "Invalid", f"testing {one['path']}: value differs")
-        elif one["op"] == "remove":
-            del place[key]
-        elif isinstance(place, list):
-            place.append(one["value"]) if last == "-" else place.__setitem__(key, one["value"])
-        else:
-            place[key] = one["value"]
-    return thing
-
-
-def _certificate(cert: Path, key: Path) -> None:
-    """For 127.0.0.1, signed by itself."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    private = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kubernetes")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=2))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(private, hashes.SHA256())
-    )
-    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key.write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )

@@ -26,6 +26,7 @@ EXAMPLES = {path.stem: path for path in sorted((ROOT / "deploy" / "values").glob
 MANIFESTS = ROOT / "deploy" / "kuberay"
 NAMESPACE = "rl"
 JOB = "job-" + "a" * 20
+SMALL = resolve({"preset": "quickstart", "learner": {"ranks": 1}, "verifier": {"processes": 1}})
 Object = dict[str, Any]
 
 
@@ -85,17 +86,21 @@ def ray_cluster(objects: list[Object]) -> Object:
 def job_cluster(objects: list[Object], job: str = JOB) -> Object:
     """The cluster that the service makes for a small job of tenant `research`, by what the chart gives it."""
     template = ClusterTemplate(json.loads(one(objects, "ConfigMap", "-job-cluster")["data"]["job-cluster.json"]))
-    owner = service_identity(objects)
-    spec = resolve({"preset": "quickstart", "learner": {"ranks": 1}, "verifier": {"processes": 1}})
-    request = LaunchRequest(
+    sizes = sizes_of(SMALL, 1, 1, template)
+    return template.fill(service_identity(objects).filling(request_of(job), sizes, owners=[]))
+
+
+def request_of(job: str) -> LaunchRequest:
+    """First attempt at a small job of tenant `research`."""
+    return LaunchRequest(
         submission_id=f"sapo-{job}-1",
         job_id=job,
         attempt=1,
         control_url="http://control",
         token_file=Path("/token"),
         tenant="research",
+        spec=SMALL.model_dump(mode="json"),
     )
-    return template.fill(owner.filling(request, sizes_of(spec, 1, 1, template), owners=[]))
 
 
 def service_identity(objects: list[Object]) -> Identity:

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import crd_schemas
 import jsonschema
 import pytest
-import yaml
 from jsonschema.protocols import Validator
 from referencing import Registry, Resource
 
@@ -20,8 +20,6 @@ kubernetes_validate = pytest.importorskip(
 
 OLDEST, NEWEST = "1.28", "1.37"
 """Versions of Kubernetes: what the chart asks for, and the newest whose schemas are at hand."""
-CRDS = Path(__file__).resolve().parents[3] / "shared" / "crds"
-"""KubeRay's CustomResourceDefinitions, which may lie beside the checkout."""
 SERVICE_MONITOR = {
     "type": "object",
     "additionalProperties": False,
@@ -106,11 +104,6 @@ def problems(thing: dict[str, Any], version: str = NEWEST) -> list[str]:
     return [f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}" for error in found]
 
 
-def has_crds() -> bool:
-    """Whether KubeRay's schemas are at hand."""
-    return any(CRDS.glob("*.yaml"))
-
-
 @cache
 def _validator(api: str, kind: str, version: str) -> Validator:
     if kind == "ServiceMonitor":
@@ -118,7 +111,7 @@ def _validator(api: str, kind: str, version: str) -> Validator:
     if kind == "PrometheusRule":
         return jsonschema.Draft202012Validator(PROMETHEUS_RULE)
     if api.startswith("ray.io/"):
-        return jsonschema.Draft202012Validator(_crds()[api, kind])
+        return crd_schemas.validator(api, kind)
     schema, registry = _kubernetes(api, kind, version)
     return jsonschema.Draft202012Validator(schema, registry=registry)
 
@@ -144,36 +137,3 @@ def _folder(version: str) -> Path:
     found = list(schemas.glob(f"v{version}.*-local-strict"))
     assert len(found) == 1, f"schemas of Kubernetes {version}: {found}"
     return found[0]
-
-
-@cache
-def _crds() -> dict[tuple[str, str], dict[str, Any]]:
-    found = {}
-    for path in sorted(CRDS.glob("*.yaml")):
-        for crd in yaml.load_all(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            for version in crd["spec"]["versions"]:
-                schema = _strict(version["schema"]["openAPIV3Schema"])
-                schema["properties"]["metadata"] = {"type": "object"}
-                found[f"{crd['spec']['group']}/{version['name']}", crd["spec"]["names"]["kind"]] = schema
-    return found
-
-
-def _strict(schema: Any) -> Any:
-    """A CRD's schema as JSON Schema, in which a field that is not named is an error."""
-    if not isinstance(schema, dict):
-        return schema
-    schema = dict(schema)
-    if schema.pop("x-kubernetes-int-or-string", None):
-        schema.pop("type", None)
-        return schema | {"anyOf": [{"type": "integer"}, {"type": "string"}]}
-    if "properties" in schema:
-        schema["properties"] = {name: _strict(value) for name, value in schema["properties"].items()}
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            schema.setdefault("additionalProperties", False)
-    for key in ("additionalProperties", "items"):
-        schema[key] = _strict(schema[key]) if key in schema else None
-        if schema[key] is None:
-            del schema[key]
-    if schema.pop("nullable", None) and "type" in schema:
-        schema["type"] = [schema["type"], "null"]
-    return schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from chart_rendering import FEATURES, Object, overlaid, ray_cluster, render
 from typer.testing import CliRunner
 
 from sapo_ray.cli.main import app
-from sapo_ray.control import shared_cluster
-from sapo_ray.control.shared_cluster import ApiServer, Outcome, apply, merged, read_manifest
+from sapo_ray.control.kube import KubeClient
+from sapo_ray.control.kube.client import Rejected, in_cluster_url
+from sapo_ray.control.launcher import LauncherUnavailable
+from sapo_ray.control.shared_cluster import Outcome, apply, merged, read_manifest
 from sapo_ray.errors import ConfigError, ResourceError
 
 CLUSTER, OWNER = "demo-sapo-ray-cluster", "demo-sapo-ray-raycluster"
@@ -26,15 +29,19 @@ def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernetes
     kube = Kubernetes(tmp_path)
     kube.install(render())
     account = kube.account(tmp_path / "account", "demo-sapo-ray-control")
-    monkeypatch.setattr(shared_cluster, "POD_ACCOUNT", account)
+    monkeypatch.setenv("SAPO_KUBE_ACCOUNT_DIR", str(account))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT_HTTPS", str(kube.port))
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(kube.port))
     yield kube
     kube.close()
 
 
+def client() -> KubeClient:
+    return KubeClient(in_cluster_url(), Path(os.environ["SAPO_KUBE_ACCOUNT_DIR"]))
+
+
 def bring(values: Object | None = None) -> Outcome:
-    with ApiServer.of_this_pod() as api:
+    with client() as api:
         return apply(api, ray_cluster(render(values)), OWNER)
 
 
@@ -144,25 +151,29 @@ def test_groups_that_are_gone_go_and_suspension_and_finalizers_stay() -> None:
 def test_the_service_may_touch_no_other_cluster(kube: Kubernetes) -> None:
     other = ray_cluster(render(name="other"))
     kube.do("admin", "create", "rayclusters", "rl", "", body=other)
-    with ApiServer.of_this_pod() as api, pytest.raises(ResourceError, match=r"403.*cannot get resource"):
+    with client() as api, pytest.raises(LauncherUnavailable, match=r"403.*cannot get resource"):
         apply(api, other, OWNER)
 
 
 def test_without_the_operators_definitions_it_says_so(kube: Kubernetes) -> None:
     kube.unknown.add("rayclusters")
-    with pytest.raises(ResourceError, match="install the KubeRay operator"):
+    with pytest.raises(LauncherUnavailable, match="is the KubeRay operator installed"):
         bring()
 
 
 def test_an_api_server_that_is_away_is_named_with_what_may_stop_it(kube: Kubernetes) -> None:
     kube.close()
-    with pytest.raises(ResourceError, match=r"cannot be reached.*networkPolicy\.kubeApi"):
+    with pytest.raises(LauncherUnavailable, match=r"cannot be asked.*networkPolicy\.kubeApi"):
         bring()
 
 
 def test_outside_a_pod_the_command_says_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="in a pod of the chart"):
-        ApiServer.of_this_pod(tmp_path)
+    manifest = tmp_path / "raycluster.json"
+    manifest.write_text(json.dumps(ray_cluster(render())))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    done = CliRunner().invoke(app, ["apply-cluster", str(manifest), "--owner", OWNER])
+    assert done.exit_code == 1
+    assert "SAPO_KUBE_URL must name the Kubernetes API" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -178,5 +189,5 @@ def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_manifest_that_the_api_server_refuses_is_told_with_its_reason(kube: Kubernetes) -> None:
     wrong: dict[str, Any] = json.loads(json.dumps(ray_cluster(render())))
     wrong["kind"] = "Pod"
-    with ApiServer.of_this_pod() as api, pytest.raises(ResourceError, match="answered 400: Pod is not RayCluster"):
+    with client() as api, pytest.raises(Rejected, match="answered 400 BadRequest: Pod is not RayCluster"):
         apply(api, wrong, OWNER)

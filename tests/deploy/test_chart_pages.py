@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import crd_schemas
 import kube_schemas
 import pytest
 import yaml
@@ -40,7 +41,7 @@ def test_plain_manifests_hold_valid_objects_of_their_own_release(name: str) -> N
     objects: list[Object] = list(yaml.safe_load_all((MANIFESTS / f"{name}.yaml").read_text()))
     assert ray_cluster(objects)
     things = objects + [{"apiVersion": "v1", "kind": "Pod", **pod} for _, pod in pod_templates(objects)]
-    skipped = () if kube_schemas.has_crds() else ("RayCluster",)
+    skipped = () if crd_schemas.has_crds() else ("RayCluster",)
     found = [problem for thing in things if thing["kind"] not in skipped for problem in kube_schemas.problems(thing)]
     assert not found, "\n".join(found)
     assert {thing["metadata"]["namespace"] for thing in objects} == {"sapo-ray"}

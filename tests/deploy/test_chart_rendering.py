@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import crd_schemas
 import kube_schemas
 import pytest
 from chart_rendering import (
@@ -40,7 +41,7 @@ def check(objects: list[Object], version: str) -> None:
     pods = [{"apiVersion": "v1", "kind": "Pod", **template} for _, template in pod_templates(objects)]
     found = []
     for thing in [*objects, *pods, *applied(objects)]:
-        if thing["kind"] == "RayCluster" and not kube_schemas.has_crds():
+        if thing["kind"] == "RayCluster" and not crd_schemas.has_crds():
             continue
         key = (version, json.dumps(thing, sort_keys=True))
         if key not in _SEEN:
@@ -84,7 +85,7 @@ def test_every_pair_of_features_renders_or_contradicts() -> None:
 
 
 def test_kuberays_schema_was_at_hand() -> None:
-    if not kube_schemas.has_crds():
+    if not crd_schemas.has_crds():
         pytest.skip("no ../shared/crds beside this checkout: RayClusters were validated by their pods' schemas alone")
     broken = ray_cluster(render())
     broken["spec"]["workerGroupSpecs"][0]["minReplica"] = 1

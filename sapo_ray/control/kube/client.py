@@ -1,4 +1,4 @@
-"""The Kubernetes API over HTTP, as far as it is needed here: five verbs, bounded, and errors that say what to do.
+"""The Kubernetes API over HTTP, as far as it is needed here: six verbs, bounded, and errors that say what to do.
 
     401, 403, 429, 5xx, no connection, not JSON  --> LauncherUnavailable: asked again in the next round
     409                                          --> Conflict: read it again and decide anew
@@ -30,7 +30,7 @@ MERGE_PATCH = "application/merge-patch+json"
 RAYCLUSTERS = "ray.io/v1/rayclusters"
 NETWORKPOLICIES = "networking.k8s.io/v1/networkpolicies"
 DEPLOYMENTS = "apps/v1/deployments"
-PODS, SECRETS, EVENTS = "v1/pods", "v1/secrets", "v1/events"
+PODS, SECRETS, EVENTS, CONFIGMAPS = "v1/pods", "v1/secrets", "v1/events", "v1/configmaps"
 
 Object = dict[str, Any]
 
@@ -112,6 +112,13 @@ class KubeClient:
         """
         return self._call("PATCH", self._path(resource, name), json=body, absent=name)
 
+    def replace(self, resource: str, name: str, body: Object) -> Object | None:
+        """An object as a whole, if it is still the one whose metadata.resourceVersion `body` has; None if it is gone.
+
+        Raises Conflict, Rejected.
+        """
+        return self._call("PUT", self._path(resource, name), json=body, absent=name)
+
     def delete(self, resource: str, name: str) -> None:
         """Delete an object and what it owns, in the background; nothing if it is gone."""
         options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
@@ -139,7 +146,7 @@ class KubeClient:
         except (httpx.HTTPError, httpx.InvalidURL, OSError, answers.TooLarge) as error:
             raise LauncherUnavailable(
                 f"the Kubernetes API at {answers.shown(self._http.base_url)} cannot be asked "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {error}); does a network policy stop it (networkPolicy.kubeApi)?"
             ) from error
         try:
             said = answer.json()
@@ -189,7 +196,7 @@ def _failure(what: str, code: int, said: Object) -> SapoRayError:
         return Rejected(message)
     hints = {
         401: "; is the service account's token mounted, and its own?",
-        403: "; the service's Role must grant what docs/kubernetes.md lists, or a quota is used up",
-        404: "; are KubeRay's custom resources installed?",
+        403: "; the service's Role must grant this, as the chart's does, or a quota is used up",
+        404: "; is the KubeRay operator installed, with its custom resources?",
     }
     return LauncherUnavailable(message + hints.get(code, ""))
