@@ -17,6 +17,11 @@ from rich.console import Console
 from sapo_ray.errors import SapoRayError
 from sapo_ray.terminal import printable
 
+ENGINES = frozenset({"ray", "torch", "vllm", "deepspeed", "transformers", "tokenizers", "safetensors", "datasets"})
+ENGINES |= {"numpy", "fsspec", "math_verify", "matplotlib", "tensorboard"}
+"""What an environment of the control plane alone does not have."""
+WHERE = "run it where the whole set is installed (`make setup`, or an image of the workers)"
+
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM: ends everything in order, as Ctrl-C does."""
@@ -82,6 +87,11 @@ def user_errors() -> Iterator[Heard]:
         raise typer.Exit(130 if ctrl_c else 143) from error
     except (typer.Exit, typer.Abort):
         raise
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ENGINES:
+            raise
+        print(f"error: this environment has no {error.name}, which this command needs: {WHERE}", file=sys.stderr)
+        raise typer.Exit(1) from error
     except Exception:
         heard.tell()
         raise

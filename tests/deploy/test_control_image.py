@@ -101,6 +101,33 @@ def test_the_command_line_needs_no_engine_to_start(python: Path, command: str) -
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("train JOB", "ray"),
+        ("gates", "torch"),
+        ("grade JOB JOB.out", "numpy"),
+        ("validate JOB --inputs", "transformers"),
+    ],
+)
+def test_a_command_that_needs_an_engine_says_so_and_where_there_is_one(
+    python: Path, command: str, missing: str, tmp_path: Path
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("preset: quickstart\n")
+    words = command.replace("JOB", str(job)).split()
+    done = subprocess.run(
+        [python, "-m", "sapo_ray.cli", *words],
+        env=environment(),
+        timeout=60,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: this environment has no {missing}, which this command needs: run it where")
+
+
 def test_the_doctor_says_where_engines_are_looked_at(python: Path, tmp_path: Path) -> None:
     command = [python, "-m", "sapo_ray.cli", "doctor", "--json", "--data-dir", str(tmp_path)]
     done = subprocess.run(command, env=environment(), timeout=60, check=True, capture_output=True, text=True)
