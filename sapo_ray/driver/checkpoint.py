@@ -12,12 +12,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from sapo_ray.driver.files import came_of_a_full_disk, fsync, not_written, write_text
-from sapo_ray.errors import CheckpointError, DiskFull, Superseded
+from sapo_ray.errors import CheckpointError, DiskFull, ResourceError, SapoRayError
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -45,30 +48,31 @@ class Checkpoints:
         """
         guard()
         self.check_space()
-        self._folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{step:06d}"
         writing, final = self._folder / f"{_WRITING}{name}", self._folder / name
-        for leftover in {*self._folder.glob(f"{_WRITING}*"), final}:  # of a crash, or of an abandoned lineage
-            if leftover.exists():
-                await asyncio.to_thread(shutil.rmtree, leftover)
-        writing.mkdir()
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in {*self._folder.glob(f"{_WRITING}*"), final}:  # of a crash, or of an abandoned lineage
+                if leftover.exists():
+                    await asyncio.to_thread(shutil.rmtree, leftover)
+            writing.mkdir()
             await fill(writing)
             await asyncio.to_thread(_seal, writing, step)
             guard()
+            writing.rename(final)
+            fsync(self._folder)
         except BaseException as error:
-            # Looked at before the half that was written is removed: by then there is room again.
-            full = not isinstance(error, Superseded) and came_of_a_full_disk(writing, error)
-            refused = not_written(writing, error) if full or isinstance(error, OSError) else None
+            refused = _refusal(writing, error)  # before the half that was written is removed: by then there is room
             await asyncio.to_thread(shutil.rmtree, writing, ignore_errors=True)
             if refused is None:
                 raise
             raise refused from error
-        writing.rename(final)
-        fsync(self._folder)
         guard()
         write_text(self._folder / "latest", name)
-        await asyncio.to_thread(self._prune)
+        try:
+            await asyncio.to_thread(self._prune)
+        except OSError as error:  # the new one is good; the next one prunes again
+            log.warning("an old checkpoint in %s could not be removed: %s", self._folder, error)
         return final
 
     def check_space(self) -> None:
@@ -130,6 +134,18 @@ class Checkpoints:
         newer = [path for path in self._complete() if step_of(path) > pointed]  # of an abandoned lineage
         for path in [*older[: -self._keep], *newer]:
             shutil.rmtree(path)
+
+
+def _refusal(writing: Path, error: BaseException) -> ResourceError | None:
+    """What to raise where the disk kept a checkpoint from being written; None if it was not the disk.
+
+    A learner that is lost on the way stays lost however full the disk is (and a missed deadline is an OSError).
+    """
+    if isinstance(error, SapoRayError) and not isinstance(error, ResourceError):
+        return None
+    if isinstance(error, OSError) or came_of_a_full_disk(writing, error):
+        return not_written(writing, error)
+    return None
 
 
 def step_of(folder: Path) -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sapo_ray.driver import checkpoint, files
 from sapo_ray.driver.checkpoint import Checkpoints, verify
-from sapo_ray.errors import CheckpointError, ResourceError, TrainingFailed
+from sapo_ray.errors import CheckpointError, DeadlineExceeded, DiskFull, ResourceError, TrainingFailed, WorkerLost
 
 WRITER = """
 import asyncio, sys
@@ -130,6 +133,67 @@ def test_a_failure_while_writing_leaves_the_last_checkpoint_and_no_debris(tmp_pa
         asyncio.run(checkpoints.write(2, full, lambda: None))
     assert checkpoints.newest() == tmp_path / "step-000001"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
+
+
+def test_a_folder_that_a_full_disk_does_not_take_is_a_full_disk_and_not_a_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk without inodes has bytes free."""
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    write(checkpoints, 1)
+    mkdir = Path.mkdir
+
+    def no_inodes(path: Path, *args: Any, **named: Any) -> None:
+        if path.name.startswith(".writing"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        mkdir(path, *args, **named)
+
+    monkeypatch.setattr(Path, "mkdir", no_inodes)
+    with pytest.raises(DiskFull, match=r"step-000002 cannot be written \(No space left on device\)"):
+        write(checkpoints, 2)
+    monkeypatch.undo()
+    assert write(checkpoints, 2) == checkpoints.newest()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing_and_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    for step in (1, 2):
+        write(checkpoints, step)
+    rmtree = checkpoint.shutil.rmtree
+
+    def busy(path: Path, *args: Any, **named: Any) -> None:
+        if path.name == "step-000001":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rmtree(path, *args, **named)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    assert write(checkpoints, 3) == checkpoints.newest()
+    assert "an old checkpoint" in caplog.text
+    monkeypatch.undo()
+    write(checkpoints, 4)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("lost", [WorkerLost("rank 1 died"), DeadlineExceeded("rank [1] not done in time")])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_learner_that_is_lost_while_it_saves_is_lost_and_not_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: Exception, full: bool
+) -> None:
+    """Tried again, a save would ask ranks that are no more."""
+    checkpoints = Checkpoints(tmp_path, keep=2, min_free_gb=0)
+    write(checkpoints, 1)
+
+    async def dies(folder: Path) -> None:
+        if full:
+            monkeypatch.setattr(files, "disk_is_full", lambda _: True)
+        raise lost
+
+    with pytest.raises(type(lost)) as raised:
+        asyncio.run(checkpoints.write(2, dies, lambda: None))
+    assert raised.value is lost
+    assert checkpoints.newest() == tmp_path / "step-000001"
 
 
 def test_a_driver_superseded_while_it_fills_a_checkpoint_moves_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sapo_ray.api.link import Orders
 from sapo_ray.driver.journal import read_journal
 from sapo_ray.driver.recovery import losses_before
 from sapo_ray.driver.tracking import open_trackers
-from sapo_ray.errors import TrainingFailed, WorkerLost
+from sapo_ray.errors import DeadlineExceeded, TrainingFailed, WorkerLost
 from sapo_ray.types import PolicyVersion, Prompt
 
 
@@ -62,6 +62,19 @@ async def test_after_a_loss_the_run_trains_on_what_one_without_a_loss_does(
     consumed, dropped = surviving(lossy.journal("rollback", "consumed", "dropped"))
     assert consumed == [f"t:{i}:0" for i in range(20)]
     assert dropped == {}
+
+
+async def test_a_learner_that_does_not_save_in_time_is_restarted_as_one_that_died(tmp_path: Path) -> None:
+    class Hangs(FakeLearner):
+        async def save(self, folder: Path) -> None:
+            try:
+                await super().save(folder)
+            except WorkerLost as error:
+                raise DeadlineExceeded("learner save: rank [1] not done in time") from error
+
+    lossy = Bench(tmp_path, job(steps=3), learner=Hangs(dies=[("save", 2)]))
+    assert (await lossy.attempt()).steps == 3
+    assert lossy.learner.restarts == 1
 
 
 async def test_versions_of_an_abandoned_lineage_are_never_those_of_the_new_one(tmp_path: Path) -> None:
