@@ -47,7 +47,7 @@ class DropReason(StrEnum):
 
 
 class PolicyVersion(NamedTuple):
-    """Identity of published weights. Orders by attempt, then number, then lineage.
+    """Identity of published weights. Compare by `order` only: after a restore numbers come again.
 
     Written as `attempt.number`, and as `attempt.number.lineage` once the learner was restored within the attempt: the
     numbers after the restore's point come again, the versions do not.
@@ -59,6 +59,11 @@ class PolicyVersion(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.attempt}.{self.number}" + (f".{self.lineage}" if self.lineage else "")
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Increases from one publish of a run to the next."""
+        return self.attempt, self.lineage, self.number
 
     @classmethod
     def parse(cls, text: str) -> PolicyVersion:
@@ -134,7 +139,7 @@ class CompletionMeta:
     @property
     def oldest(self) -> PolicyVersion:
         """Version of the oldest token."""
-        return min(span.version for span in self.spans)
+        return min((span.version for span in self.spans), key=lambda version: version.order)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,7 +47,7 @@ def graded(group: GradedGroup) -> list[GradedCompletion]:
 
 def oldest_version(group: GradedGroup) -> PolicyVersion:
     """Version of the oldest token of a group."""
-    return min(completion.meta.oldest for completion in group.completions)
+    return min((completion.meta.oldest for completion in group.completions), key=lambda version: version.order)
 
 
 def reason_to_drop(group: GradedGroup, spec: JobSpec, learner_number: int) -> DropReason | None:

@@ -96,7 +96,7 @@ class Gate:
     async def passes(self, version: PolicyVersion) -> None:
         """Return once `version` passed. Raises the reason once the worker was refused."""
         while self.refusal is None:
-            if self.attested is not None and version <= self.attested:
+            if self.attested is not None and version.order <= self.attested.order:
                 return
             await self._changed.wait()
         raise self.refusal

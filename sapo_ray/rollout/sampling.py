@@ -86,7 +86,8 @@ class GroupSampling:
     async def _complete(self, sample: SampleRequest) -> None:
         try:
             finished = await self._sample(sample)
-            await self._gate.passes(max(span.version for span in finished[0].spans))
+            newest = max((span.version for span in finished[0].spans), key=lambda version: version.order)
+            await self._gate.passes(newest)
         except SapoRayError as error:
             self._fail(error)
         except ValueError as error:  # vLLM's validation of a request

@@ -124,6 +124,17 @@ async def test_the_gate_opens_for_a_version_and_all_before_it() -> None:
     await asyncio.wait_for(gate.passes(PolicyVersion(1, 1)), 1)
 
 
+async def test_the_gate_is_shut_to_weights_that_were_restored_until_they_passed_though_later_numbers_had() -> None:
+    gate = Gate()
+    gate.attest(PolicyVersion(1, 9))
+    restored = asyncio.create_task(gate.passes(PolicyVersion(1, 4, 1)))
+    await asyncio.sleep(0)
+    assert not restored.done()
+    gate.attest(PolicyVersion(1, 4, 1))
+    await asyncio.wait_for(restored, 1)
+    await asyncio.wait_for(gate.passes(PolicyVersion(1, 9)), 1)
+
+
 async def test_the_gate_never_opens_again_once_the_worker_was_refused() -> None:
     gate = Gate()
     gate.attest(PolicyVersion(1, 1))
