@@ -76,8 +76,8 @@ class Weights:
             )
         self._versions[name] = _Version(fingerprint=fingerprint, line=known.line if known else line.number)
         if len(self._attested) > 2 * (self._staleness + REMEMBERED):
-            oldest = sorted(self._attested, key=_order)[: self._staleness + REMEMBERED]
-            for forgotten in oldest:
+            # In order of their publish: after a rollback numbers come again, smaller than those that it abandoned.
+            for forgotten in list(self._attested)[: self._staleness + REMEMBERED]:
                 del self._attested[forgotten]
             kept = self._attested.keys()
             self._refused = {key: number for key, number in self._refused.items() if key[0] in kept}

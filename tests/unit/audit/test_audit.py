@@ -13,7 +13,9 @@ import pytest
 from audited import Row, Spoiled, nth, read, record_run, write
 from typer.testing import CliRunner
 
-from sapo_ray.audit import audit, books, checkpoints
+from sapo_ray.audit import Report, audit, books, checkpoints
+from sapo_ray.audit.lines import Line
+from sapo_ray.audit.versions import Weights
 from sapo_ray.cli import app
 from sapo_ray.errors import CheckpointError
 
@@ -444,6 +446,28 @@ def long_journal(path: Path, steps: int) -> None:
         rows.append(base | {"kind": "consumed", "step": step + 1, "groups": consumed})
     path.mkdir()
     write(path, rows)
+
+
+def test_who_holds_restored_weights_is_known_however_far_the_abandoned_lineage_had_come(tmp_path: Path) -> None:
+    weights = Weights(Report())
+
+    def see(kind: str, **data: Any) -> None:
+        weights.see(Line(number=1, attempt=1, kind=kind, seq=None, data=data))
+
+    def publish(version: str) -> None:
+        see("published", version=version, fingerprint=version, workers=["w0"])
+
+    see("bounds", max_staleness=1)
+    for number in range(100):
+        publish(f"1.{number}")
+    see("rollback", to_step=10)
+    publish("1.10.1")
+    for number in range(10, 60):
+        publish(f"1.{number + 1}.1")
+        assert weights.problem(f"1.{number}.1", "w0") is None
+        found = weights.problem(f"1.{number}.1", "w1")
+        assert found is not None, number
+        assert "which it had not taken over" in found[0]
 
 
 def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
