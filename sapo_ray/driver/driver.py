@@ -261,7 +261,8 @@ class Driver:
             cut = await self._restore(checkpoint)
             # What an earlier attempt, or lineage, consumed after this step is void, also if there is no checkpoint.
             if self._attempt > 1 or self._recovery.lineage:
-                self._journal.event("rollback", to_step=self._step, checkpoint=checkpoint and checkpoint.name)
+                name = checkpoint and checkpoint.name
+                self._journal.event("rollback", to_step=self._step, checkpoint=name, version=str(self._version()))
             for tracker in self._trackers if self._recovery.lineage else ():
                 await self._hold.call(partial(tracker.rewind, self._step))
             await self._publish()
@@ -392,7 +393,8 @@ class Driver:
         with self._pulse.at("storage", "write", "keeping samples"):
             await self._keep_samples(batch)
         drops = {str(reason): count for reason, count in self._intake.drops.items()}
-        self._journal.event("step", step=self._step, steps=self._spec.steps, drops=drops, metrics=metrics)
+        said = {"step": self._step, "steps": self._spec.steps, "version": str(self._version())}
+        self._journal.event("step", **said, drops=drops, metrics=metrics)
         await self._hold.through(self._sync)
 
     async def _sync(self) -> None:

@@ -38,6 +38,7 @@ Why:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -56,12 +57,15 @@ TRANSITIONS: dict[str, dict[str, str]] = {
 }
 """The table above, without its last column."""
 
+VERSION = re.compile(r"[0-9]{1,10}\.[0-9]{1,10}(\.[0-9]{1,10})?")
 MAX_REASON = 2000
 MAX_CONDITIONS = 32
 MAX_INT = 2**31 - 1
 WORKERS = ("wanted", "ready", "starting", "pending", "draining", "given_up")
 OF_WORKERS = {"ScaleInProgress", "NoCapacity", "BelowTarget", "BelowMinimum"}
 """Conditions about a driver's rollout workers."""
+OF_DRIVER = {"Stalled", "LearnerLost", "DiskFull", "Throttled", "Mismatch", "RatioOutOfRange", "RewardCollapse"}
+"""Others that the driver which said them takes back; one that was killed cannot, and its successor says its own."""
 SUMMARY_METRICS = {
     "reward": "reward/mean",
     "tokens_per_second": "rollout/tokens_per_second",
@@ -112,7 +116,7 @@ def apply(row: JobRow, event: Mapping[str, Any], *, at: float) -> Transition | N
             _workers(row, event)
         case "rollback":
             row.step = _count(event.get("to_step"), row.step)
-            row.summary = row.summary | {"version": f"{row.attempt}.{row.step}"}
+            row.summary = row.summary | {"version": _version(row, event)}
     return None
 
 
@@ -143,8 +147,8 @@ def _transition(row: JobRow, event: Mapping[str, Any], at: float) -> Transition 
 
 
 def _forget(row: JobRow, said: str) -> None:
-    """Drop what was true of a driver's workers, which are no more; advice is given anew by every attempt."""
-    gone = OF_WORKERS | ({"Advice"} if said == "starting" else set())
+    """Drop what was true of a driver's workers, which are no more, and at the start of another all it said."""
+    gone = OF_WORKERS | (OF_DRIVER | {"Advice"} if said == "starting" else set())
     row.conditions = [condition for condition in row.conditions if condition["type"] not in gone]
     row.summary = {name: value for name, value in row.summary.items() if name != "observed_workers"}
 
@@ -177,11 +181,17 @@ def _step(row: JobRow, event: Mapping[str, Any], at: float) -> Transition | None
     workers = _number(metrics.get("rollout/workers"))
     found["workers"] = None if workers is None else int(workers)
     news = {name: value for name, value in found.items() if value is not None}
-    row.summary = row.summary | news | {"version": f"{row.attempt}.{row.step}"}
+    row.summary = row.summary | news | {"version": _version(row, event)}
     if row.state == "recovering" and at > row.since:
         state = "pausing" if row.desired_state == "pause" else "running"
         return enter(row, state, f"the driver was heard again at step {row.step}", at)
     return None
+
+
+def _version(row: JobRow, event: Mapping[str, Any]) -> str:
+    """Of the weights; drivers of before it was in their events never restored any within an attempt."""
+    said = event.get("version")
+    return said if isinstance(said, str) and VERSION.fullmatch(said) else f"{row.attempt}.{row.step}"
 
 
 def _evaluation(row: JobRow, event: Mapping[str, Any]) -> None:

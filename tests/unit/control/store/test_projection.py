@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sapo_ray.api.jobs import LIVE, TERMINAL, Summary
@@ -176,6 +176,25 @@ def test_each_piece_of_advice_is_shown_until_another_attempt_gives_it_anew() -> 
     assert row.conditions == []
 
 
+def test_what_a_killed_driver_could_not_take_back_is_gone_when_the_next_one_starts() -> None:
+    row = job("recovering")
+    stood = ["DiskFull", "LearnerLost", "Stalled", "Throttled", "NoCapacity", "Quarantined", "LauncherUnavailable"]
+    for name in stood:
+        apply(row, {"kind": "condition", "condition": name, "reason": "x"}, at=200.0)
+    apply(row, transition("starting"), at=201.0)
+    assert [condition["type"] for condition in row.conditions] == ["Quarantined", "LauncherUnavailable"]
+
+
+def test_the_version_of_a_job_is_the_one_that_its_driver_says() -> None:
+    row = job()
+    apply(row, {"kind": "step", "step": 5, "steps": 60, "version": "2.5.1"}, at=200.0)
+    assert row.summary["version"] == "2.5.1"
+    apply(row, {"kind": "rollback", "to_step": 4, "checkpoint": "step-4", "version": "2.4.2"}, at=201.0)
+    assert row.summary["version"] == "2.4.2"
+    apply(row, {"kind": "step", "step": 5, "steps": 60, "version": ["nonsense"]}, at=202.0)
+    assert row.summary["version"] == "2.5"
+
+
 def test_conditions_and_reasons_are_bounded() -> None:
     row = job()
     for number in range(100):
@@ -191,9 +210,23 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = ["state", "reason", "result", "step", "steps", "to_step", "metrics", "greedy", "condition", "cleared", "rate"]
+FIELDS = [
+    "state",
+    "reason",
+    "result",
+    "step",
+    "steps",
+    "to_step",
+    "metrics",
+    "greedy",
+    "condition",
+    "cleared",
+    "rate",
+    "version",
+]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(["transition", "step", "evaluation", "condition", "rollback"]),
     fields=st.dictionaries(st.sampled_from(FIELDS), anything),
