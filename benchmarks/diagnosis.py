@@ -1,9 +1,9 @@
 """Does the diagnosis name the right part within a minute?
 
 Faults are injected into real runs, by tests/integration/test_stall_diagnosis.py: processes stopped and killed, a full
-disk, damaged files, a reward function that hangs or raises, ... The seconds are from the fault, or from the start of a
-run that has it from the beginning, to the first diagnosis that says that something is wrong. `right` is whether that
-one names the part that the fault is in.
+disk, damaged files, a reward function that hangs or raises, ... The seconds are from the fault, or from the beginning
+of an attempt that has it from there on, to the first diagnosis that says that something is wrong. `right` is whether
+that one names the part that the fault is in, within 60 s.
 
     python benchmarks/diagnosis.py [--only "killed or stopped"]     as pytest -k; the other rows stay as they were
 """

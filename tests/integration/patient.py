@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from sapo_ray.errors import CheckpointError
 
 PROMISED_S = 60.0
 """From a fault to the diagnosis that names its part."""
+LONGEST_S = 600.0
+"""Of a wait, the start of a run included."""
 BOUND_S = 3 * PROMISED_S
 """Asserted, for machines that do other work as well."""
 SETTINGS = (
@@ -74,8 +76,25 @@ class Patient(ChaosRun):
         told = [row for row in self.journal("condition") if row["condition"] == "Stalled"]
         return [row["component"] for row in told[-1:] if not row.get("cleared")]
 
-    def names(self, fault: str, component: str, verdict: str, injected: float) -> Diagnosis:
+    def names(self, fault: str, component: str, verdict: str, injected: float | Callable[[], float]) -> Diagnosis:
         return first_named(self.run_dir, fault, component, verdict, injected)
+
+    def began(self) -> float:
+        """When the first attempt did, in Unix seconds."""
+        return self.when("transition", "state", "starting")()
+
+    def when(self, kind: str, name: str, value: str) -> Callable[[], float]:
+        """The time of the first event whose field `name` has the value; it is written down within a step."""
+
+        def time_of() -> float:
+            def events() -> list[float]:
+                return [float(row["time"]) for row in self.journal(kind) if row.get(name) == value]
+
+            if self.process.poll() is None:
+                self.until(events, f"{kind} {value}")
+            return events()[0]
+
+        return time_of
 
     def end_now(self) -> None:
         """Ctrl-C, and nothing is left. A run that has ended stays as it is."""
@@ -93,15 +112,19 @@ def diagnosis_of(run_dir: Path) -> Diagnosis | None:
         return None
 
 
-def first_named(run_dir: Path, fault: str, component: str, verdict: str, injected: float) -> Diagnosis:
-    """The first diagnosis after a fault that is not `healthy`: it must name the part, and in time.
+def first_named(
+    run_dir: Path, fault: str, component: str, verdict: str, injected: float | Callable[[], float]
+) -> Diagnosis:
+    """The first diagnosis from now on that is not `healthy`: it must name the part, and in time.
 
-    `injected` is in Unix seconds.
+    `injected` is when the fault was, in Unix seconds, or tells afterwards what the journal says of it.
     """
+    end = time.monotonic() + LONGEST_S
     while (found := diagnosis_of(run_dir)) is None or found.verdict == "healthy":
-        assert time.time() - injected < BOUND_S, f"nothing was named; {found}"
+        assert time.monotonic() < end, f"nothing was named; {found}"
         time.sleep(0.2)
-    seconds = time.time() - injected
+    named = time.time()
+    seconds = named - (injected() if callable(injected) else injected)
     _write_down(fault, component, found, seconds)
     assert (found.verdict, found.component) == (verdict, component), found
     assert seconds < BOUND_S

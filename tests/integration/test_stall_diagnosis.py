@@ -188,19 +188,18 @@ def test_a_reward_function_that_raises_is_the_verifiers(patient: Patient) -> Non
 # --- runs that do not begin, or do not last --------------------------------------------------------------------------
 
 
-def begun(folder: Path, *settings: str, **faults: str) -> tuple[Patient, float]:
-    """A run that has a fault from its beginning; and when that was, in Unix seconds."""
+def begun(folder: Path, *settings: str, **faults: str) -> Patient:
+    """A run that has a fault from its beginning."""
     patient = Patient(folder, *settings, **faults)
-    injected = time.time()
     patient.train()
-    return patient, injected
+    return patient
 
 
 @long
 def test_an_engine_without_memory_is_named_with_its_own_words(tmp_path: Path) -> None:
-    run, injected = begun(tmp_path, "rollout.kv_cache_mb=100000000")  # 100 TB
+    run = begun(tmp_path, "rollout.kv_cache_mb=100000000")  # 100 TB
+    found = run.names("engine out of memory", "rollout-0", "failed", run.began)
     assert run.end() == 1
-    found = run.names("engine out of memory", "rollout-0", "failed", injected)
     assert found.cause is not None
     assert found.cause.code == "out_of_memory", found
     assert "rollout.kv_cache_mb" in found.remedy
@@ -208,8 +207,8 @@ def test_an_engine_without_memory_is_named_with_its_own_words(tmp_path: Path) ->
 
 @long
 def test_a_cluster_without_room_is_named(tmp_path: Path) -> None:
-    run, injected = begun(tmp_path, SAPO_ROLE_LABEL="sapo-ray.io/role")  # no node bears it
-    found = run.names("no node for the learner and the workers", "cluster", "stalled", injected)
+    run = begun(tmp_path, SAPO_ROLE_LABEL="sapo-ray.io/role")  # no node bears it
+    found = run.names("no node for the learner and the workers", "cluster", "stalled", run.began)
     assert "making room for" in found.summary
     run.end_now()
 
@@ -220,24 +219,23 @@ def test_a_model_whose_weights_are_damaged_is_named(tmp_path: Path, addition_mod
     shutil.copytree(addition_model, model)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    run, injected = begun(tmp_path, f"model.path={model}")
+    run = begun(tmp_path, f"model.path={model}")
+    run.names("model file cut short", "model", "failed", run.began)
     assert run.end() == 1
-    run.names("model file cut short", "model", "failed", injected)
 
 
 @long
 def test_data_that_are_gone_are_named(tmp_path: Path) -> None:
-    run, injected = begun(tmp_path, f'data.train=[{{"path": "{tmp_path}/gone.jsonl"}}]', "data.max_prompt_tokens=16")
+    run = begun(tmp_path, f'data.train=[{{"path": "{tmp_path}/gone.jsonl"}}]', "data.max_prompt_tokens=16")
+    run.names("data set gone", "data", "failed", run.began)
     assert run.end() == 1
-    run.names("data set gone", "data", "failed", injected)
 
 
 @long
 def test_weights_that_arrive_damaged_are_named_with_who_refused_them(tmp_path: Path) -> None:
-    run, _ = begun(tmp_path, CHAOS_DAMAGE="rollout-0@4")
-    run.until(lambda: run.events("takeover_failed"), "the weights to be refused", 600)
-    injected = float(run.events("takeover_failed")[0]["time"])
-    found = run.names("weights damaged on their way", "rollout-0", "waiting", injected)
+    run = begun(tmp_path, CHAOS_DAMAGE="rollout-0@4")
+    refused = run.when("worker", "what", "takeover_failed")
+    found = run.names("weights damaged on their way", "rollout-0", "waiting", refused)
     assert found.cause is not None
     assert found.cause.code == "weights_refused", found
     run.well()
@@ -249,11 +247,9 @@ def test_a_prompt_that_kills_its_workers_is_named_with_them(tmp_path: Path, addi
     job = load_job(ROOT / "configs" / "quickstart.yaml", [])
     prompts = PromptSource(job.data, load_tokenizer(addition_model), job.seed, [frozenset()])
     poison = [prompts.take().id for _ in range(20)][-1]
-    run, _ = begun(tmp_path, CHAOS_POISON=poison)
-    run.until(lambda: run.events("worker_lost"), "the prompt to kill", 600)
-    injected = float(run.events("worker_lost")[0]["time"])
-    found = run.names("poison prompt", "rollout-0", "waiting", injected)
-    assert f"sample group {poison}" in found.summary
+    run = begun(tmp_path, CHAOS_POISON=poison)
+    found = run.names("poison prompt", "rollout-0", "waiting", run.when("worker", "what", "worker_lost"))
+    assert "sample group addition:" in found.summary  # one of those that it was at
     run.until(lambda: any(row["condition"] == "Quarantined" for row in run.journal("condition")), "its quarantine")
     run.well()
     last = run.diagnosis()
@@ -264,9 +260,8 @@ def test_a_prompt_that_kills_its_workers_is_named_with_them(tmp_path: Path, addi
 
 @long
 def test_a_learner_that_diverges_is_named(tmp_path: Path) -> None:
-    run, injected = begun(tmp_path, "learner.lr=1e30", "learner.grad_clip=1e30", "learner.max_nonfinite=2")
-    run.until(lambda: run.step() >= 1, "the first step", 600)
-    found = run.names("gradients not finite", "learner", "failed", injected)
+    run = begun(tmp_path, "learner.lr=1e30", "learner.grad_clip=1e30", "learner.max_nonfinite=2")
+    found = run.names("gradients not finite", "learner", "failed", run.when("phase", "phase", "train"))
     assert run.end() == 1
     assert json.loads((run.run_dir / "result.json").read_text())["status"] == "failed"
     assert found.cause is not None
