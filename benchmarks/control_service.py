@@ -70,6 +70,10 @@ class Server:
             self._process.kill()
             self._process.wait(15)
 
+    def resident(self) -> int:
+        """Bytes of memory that it holds."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
     def cpu(self) -> float:
         """Processor seconds that it has used."""
         times = psutil.Process(self._process.pid).cpu_times()

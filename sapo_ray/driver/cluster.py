@@ -34,6 +34,8 @@ def ray_for(spec: JobSpec, weight_bytes: int, logs: Path | None) -> Iterator[Non
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else Ray prints a traceback for each call that was given up, as of a group that a lost learner had outstanding.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     actor_env = ACTOR_ENV if logs is None else ACTOR_ENV | {LOG_DIR: str(logs.absolute())}
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": actor_env})

@@ -235,7 +235,7 @@ class ChaosRun:
     def steps_on(self, steps: int = 2) -> None:
         """Wait until so many steps more were taken: whatever was done to it, the run goes on."""
         done = len(self.journal("step"))
-        self.until(lambda: len(self.journal("step")) >= done + steps, f"{steps} steps after {done}")
+        self.until(lambda: len(self.journal("step")) >= done + steps, f"{steps} steps after {done}", 600)
 
     def end(self, seconds: float = 300.0) -> int:
         """Wait for the end; returns the exit code."""

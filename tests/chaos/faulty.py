@@ -4,6 +4,8 @@ CHAOS_DAMAGE=rollout-1@3     one bit of the weights of version 3 is wrong on the
 CHAOS_HANG=rollout-0@3       that worker is stopped (SIGSTOP) when it is about to take version 3 over, once
 CHAOS_POISON=addition:5:0    whatever samples this prompt is killed
 CHAOS_REPLACEMENTS=1000      of each rollout worker within an hour, in place of 3: a soak kills more than a job may lose
+CHAOS_RESTARTS=1000          of the learner, in place of 3
+CHAOS_DISK_CHECK_S=1         between two looks at a full disk, in place of 30
 CHAOS_WORKERS=FILE           "least most target", rollout workers, as a control plane orders them; read again and again
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 import ray
 
 from sapo_ray.cli import main
+from sapo_ray.driver import hold, recovery
 from sapo_ray.driver.orders import StandingOrders, Wanted
 from sapo_ray.rollout import replacements
 from sapo_ray.rollout.remote import RemoteWorker
@@ -71,4 +74,8 @@ if __name__ == "__main__":
         StandingOrders.workers = workers_of_a_file  # type: ignore[method-assign]
     if "CHAOS_REPLACEMENTS" in os.environ:
         replacements.REPLACEMENTS = int(os.environ["CHAOS_REPLACEMENTS"])
+    if "CHAOS_RESTARTS" in os.environ:
+        recovery.RESTARTS = int(os.environ["CHAOS_RESTARTS"])
+    if "CHAOS_DISK_CHECK_S" in os.environ:
+        hold.CHECK_S = float(os.environ["CHAOS_DISK_CHECK_S"])
     main()

@@ -9,12 +9,34 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from campaign import WEIGHTS, Campaign
 from chaos_run import ChaosRun
+
+DISK_MB = 400
+ENDLESS = {"CHAOS_REPLACEMENTS": "1000000", "CHAOS_RESTARTS": "1000000", "CHAOS_DISK_CHECK_S": "1"}
+
+
+@contextmanager
+def own_disk(folder: Path) -> Iterator[Path | None]:
+    """A small file system, in memory, that may be filled. None where none can be mounted: there is no such fault."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        print("no small file system can be mounted here: no disk is filled", flush=True)
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def main() -> int:
@@ -29,17 +51,19 @@ def main() -> int:
     weights = {name: float(weight) for name, _, weight in (one.partition("=") for one in options.faults)} or WEIGHTS
     for seed in options.seeds:
         folder = Path(tempfile.mkdtemp(prefix=f"sapo-chaos-{seed}-"))
-        settings = ("steps=100000", f"rollout.workers={options.workers}", "rollout.group_deadline_s=60")
-        run = ChaosRun(folder, settings, faults={"CHAOS_REPLACEMENTS": "1000000"})
-        campaign = Campaign(run, seed, options.workers, dict(weights))
-        try:
-            totals = campaign.go(60 * options.minutes).totals
-        except AssertionError as error:
-            print(f"seed {seed}: BROKEN after {dict(campaign.kills)}; see {folder}\n{error}", flush=True)
-            return 1
-        finally:
-            if run.process.poll() is None:
-                run.process.kill()
+        settings = ("steps=100000", f"rollout.workers={options.workers}", f"rollout.max_workers={options.workers + 1}")
+        settings += ("rollout.group_deadline_s=60", "checkpoint.min_free_gb=0")
+        with own_disk(folder / "disk") as disk:
+            run = ChaosRun(folder, settings, faults=dict(ENDLESS), disk=disk)
+            campaign = Campaign(run, seed, options.workers, dict(weights))
+            try:
+                totals = campaign.go(60 * options.minutes).totals
+            except AssertionError as error:
+                kept = shutil.copytree(run.run_dir, folder / "run", dirs_exist_ok=True)
+                print(f"seed {seed}: BROKEN after {dict(campaign.kills)}; see {kept}\n{error}", flush=True)
+                return 1
+            finally:
+                run.kill_all()
         print(
             f"seed {seed}: {dict(campaign.kills)}; {totals['steps']} steps, {totals['samples']} samples, "
             f"{totals['lost'] + totals['samples lost']} lost, {totals['doubled'] + totals['samples doubled']} doubled; "

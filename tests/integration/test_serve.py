@@ -27,15 +27,16 @@ END_S = 90.0
 class Service:
     """The service in a process of its own."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, port: int = 0, **settings: str) -> None:
         self.data_dir = data_dir
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sapo_ray.control.serve"],
             env={
                 **os.environ,
                 "SAPO_DATA_DIR": str(data_dir),
-                "SAPO_PORT": "0",
+                "SAPO_PORT": str(port),
                 "SAPO_ADMIN_KEY": KEY,
+                **settings,
             },
             stdout=subprocess.PIPE,
             stderr=(data_dir / "serve.log").open("ab"),
