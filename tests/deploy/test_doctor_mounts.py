@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from sapo_ray.doctor.storage import check_storage
+from sapo_ray.doctor import inside
+from sapo_ray.doctor.storage import check_storage, marker
 
 SKIP = 77
 
 
 def mounted(tmp_path: Path, mounts: str, *arguments: str) -> tuple[int, dict[str, str]]:
-    """Exit code and the finding of `doctor`, run where these mounts are made; they end with the process."""
+    """Exit code and the finding of `doctor`, run where these mounts are made."""
+    return finding(tmp_path, mounts, f"{sys.executable} -m sapo_ray.cli doctor --json {' '.join(arguments)}")
+
+
+def finding(tmp_path: Path, mounts: str, command: str) -> tuple[int, dict[str, str]]:
+    """Exit code and the one finding of a command, run where these mounts are made; they end with the process."""
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare: nothing can be mounted for a test")
-    doctor = f"exec {sys.executable} -m sapo_ray.cli doctor --json {' '.join(arguments)}"
-    script = f"mount --make-rprivate / && {mounts} || exit {SKIP}\n{doctor}"
+    script = f"mount --make-rprivate / && {mounts} || exit {SKIP}\nexec {command}"
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script],
         capture_output=True,
@@ -32,8 +39,8 @@ def mounted(tmp_path: Path, mounts: str, *arguments: str) -> tuple[int, dict[str
     )
     if done.returncode == SKIP or "unshare failed" in done.stderr or "Operation not permitted" in done.stderr:
         pytest.skip(f"this machine lets nothing be mounted: {done.stderr.strip()[-200:]}")
-    (finding,) = json.loads(done.stdout)["findings"]
-    return done.returncode, finding
+    (found,) = json.loads(done.stdout)["findings"]
+    return done.returncode, found
 
 
 def test_a_volume_mounted_read_only_fails(tmp_path: Path) -> None:
@@ -52,6 +59,33 @@ def test_a_full_volume_fails_while_it_is_written_to(tmp_path: Path) -> None:
     assert (code, found["status"]) == (1, "failed")
     assert "(No space left on device)" in found["detail"]
     assert "the volume is full" in found["remedy"]
+
+
+def test_a_node_with_a_volume_of_its_own_in_the_place_of_the_shared_one_fails(tmp_path: Path) -> None:
+    """What the node looks at is really another file system, at the same path, and empty."""
+    data = tmp_path / "data"
+    data.mkdir()
+    with marker(data) as (path, text):
+        asked = inside.Asked(
+            checks=["storage"],
+            data_dir=str(data),
+            min_free_gb=0.0,
+            marker=str(path),
+            text=text,
+            control="",
+            versions={},
+        )
+        look = (
+            "import json, sys; from dataclasses import asdict; from sapo_ray.doctor import inside;"
+            "found = inside.look_at_node(inside.Asked(**json.loads(sys.argv[1])), 'node b', 0, {});"
+            "print(json.dumps({'findings': [asdict(one) for one in found]}))"
+        )
+        own = shlex.join([sys.executable, "-c", look, json.dumps(asdict(asked))])
+        assert finding(tmp_path, "true", own)[1]["status"] == "ok"
+        _, found = finding(tmp_path, f"mount -t tmpfs -o size=16m none {data}", own)
+    assert (found["status"], found["where"]) == ("failed", "node b")
+    assert "No such file or directory" in found["detail"]
+    assert "ReadWriteMany" in found["remedy"]
 
 
 def test_the_shared_memory_that_containers_have_by_default_fails(tmp_path: Path) -> None:
