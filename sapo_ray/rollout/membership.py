@@ -277,7 +277,7 @@ class Membership(Supervised):
             self._event("worker_stopped", worker, reason="scaled down", given_back=given_back)
             self._drains.pop(worker.id, None)
             self._notify()
-            await worker.stop()
+            self._endings.add(self._background(worker.stop()))  # not here: `close` cancels a drain, but waits for ends
 
     def _keep(self, worker: RemoteWorker) -> None:
         """A worker that drains is wanted again: it takes the weights that it missed, and goes on."""

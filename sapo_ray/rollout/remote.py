@@ -7,6 +7,7 @@ import itertools
 import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,6 +34,8 @@ HEARTBEAT_S = 10.0
 SILENCE_S = 60.0
 """A worker that does not answer its heartbeat for so long is lost."""
 RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
+PLACING = ThreadPoolExecutor(32, thread_name_prefix="placing")
+"""Threads that wait for room in the cluster; the loop's own few are for what the run waits for."""
 _CONCURRENT_CALLS = 4096  # groups in flight on one worker, and then some
 
 
@@ -141,7 +144,7 @@ class RemoteWorker:
             where = label_selector("rollout")
             self._room = placement_group([bundle], bundle_label_selector=[where] if where else None)
         try:
-            return await asyncio.to_thread(self._room.wait, wait_s)
+            return await asyncio.get_running_loop().run_in_executor(PLACING, self._room.wait, wait_s)
         except Exception:
             if self.state in (WorkerState.LOST, WorkerState.STOPPED):  # the room was given back meanwhile
                 return False
@@ -225,7 +228,7 @@ class RemoteWorker:
                     scope.reschedule(asyncio.get_running_loop().time())
                 return await metas
         except TimeoutError:
-            if self.recalled:
+            if self.recalled or scope.when() != deadline:  # it may be used again by now
                 raise self._drained(request) from None
             raise DeadlineExceeded(
                 f"{self.id} did not finish group {request.group_id} in time (rollout.group_deadline_s)"
@@ -238,7 +241,8 @@ class RemoteWorker:
             self._waits.discard(scope)
 
     def _drained(self, request: GroupRequest) -> WorkerDrained:
-        return WorkerDrained(f"{self.id} {self.recalled} before group {request.group_id} was finished")
+        why = self.recalled or "was asked for it back"
+        return WorkerDrained(f"{self.id} {why} before group {request.group_id} was finished")
 
     def recall(self, why: str) -> int:
         """Take back what is being sampled: each caller of `generate` gets WorkerDrained. Returns the number."""

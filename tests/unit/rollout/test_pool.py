@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -524,6 +525,30 @@ async def test_a_worker_that_does_not_finish_in_time_gives_its_completions_back_
     await pool.close()
 
 
+async def test_a_pool_that_is_closed_while_a_surplus_worker_ends_leaves_none_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = pool_of(2)
+    await pool.start()
+    await pool.update(published(0))
+    asked, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slowly(self: FakeWorker) -> None:
+        self.state = WorkerState.STOPPED
+        asked.set()
+        await may_end.wait()
+        self.ended = "stopped"
+
+    monkeypatch.setattr(FakeWorker, "stop", slowly)
+    pool.scale(1, 1)
+    await asked.wait()
+    closing = asyncio.create_task(pool.close())
+    await settled(pool)
+    may_end.set()
+    await closing
+    assert [worker.ended for worker in FakeWorker.made] == ["stopped", "stopped"]
+
+
 async def test_a_draining_worker_that_is_wanted_again_is_kept_and_takes_the_weights_that_it_missed() -> None:
     pool = pool_of(2)
     draining, running = await drained(pool)
@@ -731,6 +756,45 @@ async def test_a_process_that_ends_while_its_worker_is_killed_is_no_error(monkey
     monkeypatch.setattr(remote.ray, "kill", lambda *_, **__: None)
     monkeypatch.setattr(remote.psutil, "wait_procs", lambda processes, timeout: ([], processes))
     await RemoteWorker.kill(worker)
+
+
+class Room:
+    """A placement group that never has room."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def wait(self, seconds: float) -> bool:
+        self.closed.wait()
+        return False
+
+
+async def test_workers_that_wait_for_room_keep_no_thread_from_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Journal, checkpoints and publishing use threads of the loop, of which a small machine has six."""
+    room = Room()
+    monkeypatch.setattr(remote, "placement_group", lambda *_, **__: room)
+    spec = pool_of(1)._spec
+    waiting = [
+        asyncio.create_task(RemoteWorker(spec, "m", f"rollout-{slot}", slot, False).placed(1.0)) for slot in range(40)
+    ]
+    await asyncio.sleep(0)
+    try:
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "written"), 30) == "written"
+    finally:
+        room.closed.set()
+        await asyncio.gather(*waiting)
+
+
+async def test_a_group_that_is_taken_back_is_blamed_for_nothing_though_its_worker_is_used_again_at_once() -> None:
+    worker = RemoteWorker(pool_of(1)._spec, "m", "rollout-0", 0, False)
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    deadline = asyncio.get_running_loop().time() + 600
+    sampling = asyncio.create_task(worker._until(answer, deadline, group("a")))
+    await asyncio.sleep(0)
+    worker.recall("did not take weights over in time")
+    worker.recalled = ""  # it has caught up in the same moment
+    with pytest.raises(WorkerDrained):
+        await asyncio.wait_for(sampling, 5)
 
 
 def pushed_with_buckets(number: int) -> Published:
