@@ -263,8 +263,10 @@ class Driver:
             if self._attempt > 1 or self._recovery.lineage:
                 name = checkpoint and checkpoint.name
                 self._journal.event("rollback", to_step=self._step, checkpoint=name, version=str(self._version()))
-            for tracker in self._trackers if self._recovery.lineage else ():
-                await self._hold.call(partial(tracker.rewind, self._step))
+            if self._recovery.lineage:
+                self._guard.rewind(self._step)
+                for tracker in self._trackers:
+                    await self._hold.call(partial(tracker.rewind, self._step))
             await self._publish()
         except (WorkerLost, DeadlineExceeded) as error:
             return await self._begin_again(error)

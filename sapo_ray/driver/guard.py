@@ -56,6 +56,14 @@ class Guard:
         """Take the metrics of a step in; returns the conditions to report, `cleared` ones among them."""
         return [*self._throttle(step, metrics), *self._ratio(metrics), *self._reward(metrics)]
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step` again. What is throttled stays so; what later steps showed is void."""
+        self._settled = min(self._settled, step + self.ahead + 2)
+        self._raised = min(self._raised, step)
+        self._calm = 0
+        self._best = -math.inf
+        self._rewards.clear()
+
     # --- throttle --------------------------------------------------------------------------------------------------
 
     def _throttle(self, step: int, metrics: Mapping[str, float]) -> Conditions:

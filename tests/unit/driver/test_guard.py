@@ -112,6 +112,27 @@ def test_a_collapse_of_the_reward_is_told_from_noise_and_from_a_slow_start() -> 
     assert [one[1] for one in said([-0.1] * 20 + [-0.9] * 20)] == ["RewardCollapse"], "rewards may be penalties"
 
 
+def test_a_learner_that_is_restored_is_no_collapse_of_the_reward_and_a_real_one_is_told_all_the_same() -> None:
+    guard = Guard(GuardSpec(reward_drop=0.3), 0)
+    rise = [{"reward/mean": 0.01 * step} for step in range(1, 81)]
+    assert conditions(guard, rise) == []
+    guard.rewind(20)
+    assert [guard.look(step, rise[step - 1]) for step in range(21, 80)] == [[]] * 59
+    said = [one["condition"] for step in range(80, 95) for one in guard.look(step, {"reward/mean": 0.1})]
+    assert said == ["RewardCollapse"]
+
+
+def test_after_a_restore_generation_is_throttled_as_soon_as_before() -> None:
+    guard = Guard(GuardSpec(max_kl=0.1), 4)
+    assert [said["condition"] for said in guard.look(100, {"mismatch/kl": 0.2})] == ["Throttled"]
+    guard.rewind(50)
+    ahead = []
+    for step in range(51, 70):
+        guard.look(step, {"mismatch/kl": 0.2})
+        ahead.append(guard.ahead)
+    assert ahead[:7] == [3, 3, 3, 3, 2, 2, 2]
+
+
 def test_bounds_that_are_null_are_not_looked_at() -> None:
     guard = Guard(GuardSpec(max_kl=None, max_ratio=None, reward_drop=None), 2)
     row = {"mismatch/kl": 9.0, "learner/log_ratio_max": 99.0, "age/sample_mean": 2.0}
