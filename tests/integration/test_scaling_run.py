@@ -29,7 +29,7 @@ from sapo_ray.types import sampling_seed
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-GROUPS, SIZE = 4, 4
+GROUPS, SIZE, HELD_OUT = 4, 4, 32
 Event = dict[str, Any]
 
 
@@ -78,12 +78,17 @@ def is_count(event: Event, **numbers: int) -> bool:
 
 
 def test_workers_come_and_go_while_learners_train_on(ray_session: None, tmp_path: Path) -> None:
-    """1 -> 3 -> 1 (a drain that must give back) -> 2, for which the cluster has no room until the test makes it."""
+    """1 -> 3 -> 1 (a drain that must give back) -> 2, for which the cluster has no room until the test makes it.
+
+    More are asked for in the midst of the first evaluation, fewer in the midst of another.
+    """
     settings = [
         *SMALL, "verifier.reward=null",
         "steps=2000", "rollout.workers=1", "rollout.max_workers=4", "rollout.drain_timeout_s=0.2",
         "rollout.max_new_tokens=400", "learner.tokens_per_micro_batch=8192", "rollout.max_staleness=1",
         "learner.ranks=1", f"rollout.prompts_per_step={GROUPS}", f"rollout.group_size={SIZE}", "checkpoint.every=3",
+        "evaluation.data=[{path: builtin:addition, split: heldout}]", f"evaluation.limit={HELD_OUT}",
+        "evaluation.every=3", "evaluation.samples=0",
     ]  # fmt: skip
     spec = load_job(ROOT / "configs" / "quickstart.yaml", settings)
     desk = StandingOrders(Orders(**orders(rollout_max=4)))
@@ -113,7 +118,7 @@ def test_workers_come_and_go_while_learners_train_on(ray_session: None, tmp_path
         return True
 
     def begin(event: Event) -> bool:
-        if not is_step(event):
+        if event.get("phase") != "evaluate_before":
             return False
         room.append(ray.available_resources().get("CPU", 0))
         return ask(3)
@@ -123,7 +128,7 @@ def test_workers_come_and_go_while_learners_train_on(ray_session: None, tmp_path
         lambda event: is_count(event, ready=3, draining=0),
         is_step,
         is_step,
-        lambda event: is_step(event) and ask(1),
+        lambda event: event.get("phase") == "evaluate" and ask(1),
         lambda event: is_count(event, wanted=1, ready=1, draining=0),
         fill_the_cluster,
         lambda event: event.get("condition") == "NoCapacity",
@@ -164,13 +169,15 @@ def test_workers_come_and_go_while_learners_train_on(ray_session: None, tmp_path
     # The drain: what was not finished, and nothing else, was asked for again, under the same seeds.
     assert {one["worker"] for one in of("worker", what="worker_stopped")} == {"rollout-1", "rollout-2"}
     given_back = sum(one["given_back"] for one in of("worker", what="worker_stopped"))
-    again = of("reissued")
-    assert given_back > 0
-    assert all("was scaled away" in one["reason"] for one in again)
-    # Of a group, what was finished before the drain stays: its requests are counted whole until it is done.
-    assert sum(len(one["missing"]) for one in again) <= given_back
-    assert sum(len(one["missing"]) for one in again) == sum(SIZE - one["delivered"] for one in again) > 0
     graded = {one["group"]: one["completions"] for one in of("graded")}
+    assert given_back > 0
+    assert all("was scaled away" in one["reason"] for one in of("reissued"))
+    # Of a group, what was finished before the drain stays: its requests are counted whole until it is done.
+    assert 0 < sum(len(one["missing"]) for one in of("reissued")) <= given_back
+    again = [one for one in of("reissued") if one["group"] in graded]
+    assert sum(len(one["missing"]) for one in again) == sum(SIZE - one["delivered"] for one in again)
+    of_evaluations = [one for one in of("reissued") if one["group"] not in graded]
+    assert all((one["missing"], one["delivered"]) == ([0], 0) for one in of_evaluations)
     for one in again:
         made_by = {c["i"]: c["worker"] for c in graded[one["group"]]}
         gone = next(word for word in one["reason"].split() if word.startswith("rollout-"))
@@ -178,6 +185,13 @@ def test_workers_come_and_go_while_learners_train_on(ray_session: None, tmp_path
     assert all(sorted(c["i"] for c in group) == list(range(SIZE)) for group in graded.values())
     assert of("worker", what="worker_lost") == []
     assert len({sampling_seed(spec.seed, group, i) for group in graded for i in range(SIZE)}) == SIZE * len(graded)
+
+    # Evaluations are whole, also those in whose midst the workers changed.
+    evaluations = of("evaluation")
+    assert all((one["greedy"]["completions"], one["greedy"]["errors"]) == (HELD_OUT, 0) for one in evaluations)
+    order = [(one["kind"], one.get("to")) for one in records if one["kind"] in ("evaluation", "scaling")]
+    first, drained = order.index(("scaling", 3)), order.index(("scaling", 1))
+    assert order[first + 1][0] == order[drained + 1][0] == "evaluation"
 
     # Beyond the cluster's capacity: said, not waited for, and taken back.
     told = [one.get("cleared", False) for one in of("condition", condition="NoCapacity")]
