@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sapo_ray.config.spec import VerifierSpec
+from sapo_ray.config.sections import VerifierSpec
 from sapo_ray.errors import ConfigError
 from sapo_ray.types import Grading, Verdict
 from sapo_ray.verifier.answers import OwnBoundExceeded, extract_answer

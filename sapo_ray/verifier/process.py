@@ -108,7 +108,7 @@ def start_grader(channel: Channel, settings: dict[str, Any]) -> Grader | None:
 
     memory_mb = settings["spec"]["memory_mb"]
     try:
-        from sapo_ray.config.spec import VerifierSpec
+        from sapo_ray.config.sections import VerifierSpec  # the whole job would take longer to load
         from sapo_ray.verifier.grader import Grader
 
         spec = VerifierSpec.model_validate(settings["spec"])

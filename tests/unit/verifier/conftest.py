@@ -8,8 +8,6 @@ import pytest
 
 MISBEHAVING = '''
 import ctypes, os, signal, subprocess, sys, time
-import numpy
-
 hoard = []
 
 def act(*, completion, gold, prompt):
@@ -18,8 +16,8 @@ def act(*, completion, gold, prompt):
     if word == "exit": os._exit(3)
     if word == "segfault": ctypes.string_at(0)
     if word == "eat":
-        while True: hoard.append(numpy.zeros(64 << 20, numpy.uint8))  # never touched: fast even on a busy machine
-    if word == "leak": hoard.append(numpy.zeros(4 << 20, numpy.uint8))
+        while True: hoard.append(bytes(64 << 20))  # never touched: fast even on a busy machine
+    if word == "leak": hoard.append(bytes(4 << 20))
     if word == "deaf":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM): signal.signal(number, signal.SIG_IGN)
         while True: time.sleep(1)
