@@ -107,7 +107,8 @@ KINDS = (
         code="diverged",
         words=r"not finite|non-?finite|NaN",
         component="learner",
-        remedy="lower learner.lr, or go back: submit a new job on an earlier checkpoint; the batch is in the journal",
+        remedy="lower learner.lr, or go back: submit a new job on an earlier checkpoint; the batch is kept in "
+        "nonfinite/ of the run directory",
     ),
     Kind(
         code="job",

@@ -40,6 +40,11 @@ REMEDIES = {
 }
 LEARNER_LOST = "LearnerLost"
 """Condition while a new learner goes back to the newest checkpoint."""
+HOLDS = (
+    "free some space on the run's disk, at least checkpoint.min_free_gb and a checkpoint's size: a run at work holds "
+    "and goes on by itself within half a minute; or cancel it, which keeps the newest checkpoint"
+)
+"""To do where a disk is full and the driver lives."""
 GOES_ON_WITHOUT = frozenset({"control plane"})
 
 
@@ -183,14 +188,13 @@ def _held(known: Evidence) -> Diagnosis | None:
     """A disk or a condition that keeps the job from getting on."""
     if _is_full(known) and known.state not in ("queued", "paused"):
         summary = f"the disk of the run directory is full: {(known.free or 0) / 1e6:.0f} MB are free"
-        return _verdict(known, "stalled", STORAGE, summary, known.since, kind_by("disk_full").remedy)
+        return _verdict(known, "stalled", STORAGE, summary, known.since, HOLDS)
     for condition in known.conditions:
         component = HELD.get(str(condition["type"]))
         if component is not None:
             verdict: Verdict = "waiting" if known.state == "queued" else "stalled"
             summary = f"{condition['type']}: {condition['reason']}"
-            kind = "disk_full" if condition["type"] == "DiskFull" else ""
-            remedy = kind_by(kind).remedy if kind else _held_remedy(component)
+            remedy = HOLDS if condition["type"] == "DiskFull" else _held_remedy(component)
             return _verdict(known, verdict, component, summary, _since(condition, known), remedy)
     return None
 

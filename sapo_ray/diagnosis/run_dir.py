@@ -77,6 +77,8 @@ def free_bytes(folder: Path) -> int | None:
 def _state(events: list[dict[str, Any]], vitals: Vitals | None, now: float) -> tuple[str, str, float]:
     """State, reason and since of the newest attempt."""
     last = next((event for event in reversed(events) if event["kind"] == "transition"), None)
+    if last is None and any(event["kind"] == "step" for event in events):  # of long ago: not in what was read
+        last = {"state": "running", "time": events[0]["time"]}
     if last is None:
         return "starting", "its driver has just begun", events[-1]["time"] if events else now
     state, reason = str(last["state"]), str(last.get("reason", ""))

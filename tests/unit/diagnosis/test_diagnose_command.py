@@ -16,6 +16,7 @@ from scripted_service import JOB_ID, Service, reply, serving
 from typer.testing import CliRunner, Result
 
 from sapo_ray.cli import app
+from sapo_ray.diagnosis import run_dir
 from sapo_ray.diagnosis.vitals import FILE, Vitals
 
 DIAGNOSIS = {
@@ -48,6 +49,16 @@ def journalled(folder: Path, *events: dict[str, Any], attempt: int = 1) -> Path:
     ledger = {"time": 1.0, "attempt": attempt, "kind": "issued", "group": "a:1:0"}
     (folder / "journal.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (*lines, ledger)) + '{"torn')
     return folder
+
+
+def test_a_run_is_running_though_its_journal_is_longer_than_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_dir, "JOURNAL_BYTES", 2000)
+    steps = [{"kind": "step", "step": step, "steps": 60, "metrics": {}} for step in range(1, 41)]
+    journalled(tmp_path, {"kind": "transition", "state": "running"}, *steps)
+    known = run_dir.evidence(tmp_path, time.time())
+    assert (known.state, known.step, known.steps) == ("running", 40, 60)
 
 
 def test_a_job_is_diagnosed_by_its_service() -> None:

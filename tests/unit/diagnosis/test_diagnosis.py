@@ -246,6 +246,7 @@ def test_a_job_held_by_a_full_disk_is_stalled_by_its_storage() -> None:
     diagnosis = found("running", conditions=[full], vitals=vitals())
     assert (diagnosis.verdict, diagnosis.component) == ("stalled", "storage")
     assert "free some space" in diagnosis.remedy
+    assert "goes on by itself" in diagnosis.remedy
 
 
 def test_a_job_between_two_drivers_tells_how_the_first_one_ended() -> None:
