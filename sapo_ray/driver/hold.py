@@ -61,6 +61,31 @@ class DiskHold:
         finally:
             self._reserve.unlink(missing_ok=True)
 
+    def wait_at_start(self, check: Callable[[], None]) -> None:
+        """Return once `check` raises no DiskFull any more: a run that held goes on holding when its driver is replaced.
+
+        Blocks; before the event loop. Raises as `through` does, and Ended for a pause, too: nothing is under way.
+        """
+        while True:
+            try:
+                check()
+            except DiskFull as error:
+                if self._since is None:
+                    self._since = time.monotonic()
+                    reason = f"{_what(error)}; the run starts again once there is room"
+                    log.error("%s", reason)
+                    self._journal.event("condition", condition=DISK_FULL, reason=reason)
+            else:
+                self._over()
+                return
+            end = time.monotonic() + CHECK_S
+            while (left := end - time.monotonic()) > 0:
+                self._orders.check()
+                if self._orders.ending is not None:
+                    raise Ended(self._orders.ending)
+                time.sleep(min(left, ORDERS_S))
+            stop_if_superseded(self._run_dir, self._journal.attempt)
+
     async def call(self, write: Callable[[], None]) -> None:
         """As `through`, for a write that takes no time worth waiting for."""
 

@@ -107,6 +107,11 @@ class StandingOrders:
         return "paused" if self._orders.state == "pause" else "cancelled"
 
     @property
+    def served(self) -> bool:
+        """A control plane gives them, and looks after the run."""
+        return self._orders is not None
+
+    @property
     def discard(self) -> bool:
         """With `cancelled`: nothing needs to be exported."""
         return self._orders is not None and self._orders.discard

@@ -185,7 +185,11 @@ def _train_and_export(
         min_free_gb=spec.checkpoint.min_free_gb,
         expected=0 if architecture is None else estimate(spec, architecture).checkpoint,
     )
-    checkpoints.check_space()
+    hold = DiskHold(run_dir, journal, orders)
+    if orders.served and attempt > 1:
+        hold.wait_at_start(checkpoints.check_space)
+    else:
+        checkpoints.check_space()
     checkpoint = checkpoints.newest()
     for warning in advice(spec):
         journal.event("condition", condition="Advice", reason=warning)
@@ -201,7 +205,7 @@ def _train_and_export(
     orders.check_start(has_checkpoint=checkpoint is not None)
     step = step_of(checkpoint) if checkpoint else 0
     with (
-        DiskHold(run_dir, journal, orders).ready() as hold,
+        hold.ready(),
         trackers_of(spec, run_dir, step, journal) as trackers,
     ):
         run = _run(

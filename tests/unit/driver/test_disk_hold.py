@@ -16,11 +16,14 @@ from fake_control import orders
 from fakes import Bench, FakeLearner, job
 
 from sapo_ray.api.link import Orders
-from sapo_ray.driver import files, hold
+from sapo_ray.driver import files, hold, run
+from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.files import write_text
 from sapo_ray.driver.hold import DiskHold
-from sapo_ray.driver.journal import Journal
-from sapo_ray.driver.orders import StandingOrders
+from sapo_ray.driver.interrupts import Interrupts
+from sapo_ray.driver.journal import Journal, read_journal
+from sapo_ray.driver.orders import Ended, StandingOrders
+from sapo_ray.driver.pulse import Pulse
 from sapo_ray.driver.tracking import MetricsFile, TensorBoard
 from sapo_ray.errors import DiskFull, ResourceError, Superseded
 
@@ -226,6 +229,39 @@ async def test_a_held_run_that_another_attempt_took_over_ends(tmp_path: Path, mo
     with pytest.raises(Superseded):
         await asyncio.wait_for(holding, 200)
     assert not disk.full
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_served_run_whose_driver_was_replaced_while_it_held_goes_on_holding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int
+) -> None:
+    (tmp_path / "attempt").write_text(str(attempt))
+    journal = Journal(tmp_path / "journal.jsonl", attempt)
+    free = iter([0, 0, 10**12])
+    monkeypatch.setattr(
+        Checkpoints, "check_space", lambda _: None if next(free) else _raise(DiskFull("too little disk"))
+    )
+
+    class Reached(Exception): ...
+
+    monkeypatch.setattr(run, "prepare_inputs", lambda *_: _raise(Reached()))
+    served = StandingOrders(Orders(**orders(state="run")))
+    with pytest.raises(DiskFull if attempt == 1 else Reached):
+        run._train_and_export(SPEC, tmp_path, attempt, journal, served, Interrupts(), Pulse())
+    journal.sync_now()
+    said = [row for row in read_journal(journal.path) if row.get("condition") == "DiskFull"]
+    assert [row.get("cleared", False) for row in said] == ([] if attempt == 1 else [False, True])
+
+
+def test_a_run_that_holds_at_its_start_is_cancelled_at_once(tmp_path: Path) -> None:
+    (tmp_path / "attempt").write_text("2")
+    desk = DiskHold(tmp_path, Journal(tmp_path / "journal.jsonl", 2), StandingOrders(Orders(**orders(state="cancel"))))
+    with pytest.raises(Ended, match="cancelled"):
+        desk.wait_at_start(lambda: _raise(DiskFull("too little disk")))
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_a_start_without_room_for_the_reserve_is_refused_by_name(
