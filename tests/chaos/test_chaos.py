@@ -34,7 +34,7 @@ def test_whatever_is_killed_stopped_or_damaged_nothing_is_lost_or_doubled(tmp_pa
         assert not run.events("worker_lost")
         run.living("rollout")["rollout-0"].resume()
         run.until(lambda: run.events("worker_caught_up"), "it to catch up")
-        for role in ("rollout", "grader", "verifier"):  # the others while the first one's replacement starts
+        for role in ("rollout", "grader", "verifier", "learner"):  # the others while the first one's replacement starts
             struck(role)
             run.steps_on(1)
         struck("driver")
@@ -50,7 +50,7 @@ def test_whatever_is_killed_stopped_or_damaged_nothing_is_lost_or_doubled(tmp_pa
     report = run.audited()
     assert report.totals["lost"] == report.totals["doubled"] == 0
     assert report.totals["outstanding"] == 0
-    assert (report.totals["attempts"], report.totals["rollbacks"]) == (2, 1)
+    assert (report.totals["attempts"], report.totals["rollbacks"]) == (2, 2)
     [behind], [back] = run.events("worker_behind"), run.events("worker_caught_up")
     assert behind["worker"] == back["worker"] == "rollout-0"
     assert {row["attempt"] for row in run.events("worker_lost")} == {1, 2}
