@@ -151,6 +151,8 @@ class Driver:
         )
         self._load = LoadMeter(self._seconds, self._collector, self._intake.window, spec.rollout.prompts_per_step)
         self._evaluation_metrics: dict[str, float] = {}
+        self._beyond: set[str] = set()
+        """Conditions of rates that stand."""
 
     async def run(self, checkpoint: Path | None) -> Outcome:
         """Train to the last step, from the start or from `checkpoint`; or until an order ends it before that."""
@@ -379,8 +381,7 @@ class Driver:
         metrics |= stale_by_length(self._intake.stale, self._spec.rollout.max_new_tokens)
         metrics |= {f"seconds/all_{phase}": seconds for phase, seconds in self._seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["seconds/step"]
-        if metrics["verifier/error_rate"] > ERROR_RATE_CONDITION:
-            self._journal.event("condition", condition="VerifierErrors", rate=metrics["verifier/error_rate"])
+        self._watch_rate("VerifierErrors", metrics["verifier/error_rate"], ERROR_RATE_CONDITION)
         if skipped := metrics.get("learner/nonfinite_updates"):
             self._journal.event("condition", condition="NonfiniteUpdates", step=self._step, skipped=int(skipped))
         metrics["rollout/ahead"] = float(self._guard.ahead)
@@ -388,8 +389,7 @@ class Driver:
             self._journal.event("condition", **condition)
         self._intake.allow(self._guard.ahead)
         stale = self._intake.drops[DropReason.STALE] / self._spec.rollout.prompts_per_step
-        if stale > STALE_RATE_CONDITION:
-            self._journal.event("condition", condition="StaleDrops", rate=stale)
+        self._watch_rate("StaleDrops", stale, STALE_RATE_CONDITION)
         for tracker in self._trackers:
             await self._hold.call(partial(tracker.log, self._step, metrics))
         with self._pulse.at("storage", "write", "keeping samples"):
@@ -398,6 +398,15 @@ class Driver:
         said = {"step": self._step, "steps": self._spec.steps, "version": str(self._version())}
         self._journal.event("step", **said, drops=drops, metrics=metrics)
         await self._hold.through(self._sync)
+
+    def _watch_rate(self, condition: str, rate: float, bound: float) -> None:
+        """A condition of the steps whose rate is beyond its bound; the first that is within takes it back."""
+        if rate > bound:
+            self._beyond.add(condition)
+            self._journal.event("condition", condition=condition, rate=rate)
+        elif condition in self._beyond:
+            self._beyond.remove(condition)
+            self._journal.event("condition", condition=condition, rate=rate, cleared=True)
 
     async def _sync(self) -> None:
         with self._pulse.at("storage", "write", "making the journal durable"):

@@ -64,7 +64,10 @@ MAX_INT = 2**31 - 1
 WORKERS = ("wanted", "ready", "starting", "pending", "draining", "given_up")
 OF_WORKERS = {"ScaleInProgress", "NoCapacity", "BelowTarget", "BelowMinimum"}
 """Conditions about a driver's rollout workers."""
-OF_DRIVER = {"Stalled", "LearnerLost", "DiskFull", "Throttled", "Mismatch", "RatioOutOfRange", "RewardCollapse"}
+OF_DRIVER = {"Stalled", "LearnerLost", "DiskFull", "Throttled", "Mismatch", "RatioOutOfRange", "RewardCollapse"} | {
+    "VerifierErrors",
+    "StaleDrops",
+}
 """Others that the driver which said them takes back; one that was killed cannot, and its successor says its own."""
 SUMMARY_METRICS = {
     "reward": "reward/mean",
