@@ -65,7 +65,8 @@ class Recovery:
                 raise error
             await self._count(error)
             self._journal.event("phase", phase="recover", step=version.number)
-            checkpoint = await asyncio.to_thread(self._checkpoints.newest)
+            with self._pulse.at("checkpoint", "checkpoint", "looking for the newest checkpoint"):
+                checkpoint = await asyncio.to_thread(self._checkpoints.newest)
             await self._intake.give_up(version, complete_groups(checkpoint) if checkpoint else frozenset())
             try:
                 with self._pulse.at("learner", "start", "starting again", after=str(error)):

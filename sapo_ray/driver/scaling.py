@@ -28,6 +28,8 @@ from sapo_ray.types import WorkerCount
 
 LOOK_S = 0.25
 """Between two looks at the orders and at the pool."""
+NODE_S = 600.0
+"""A cluster that grows may need so long for a node: before that, what it has no room for stays wanted."""
 DEFAULT_WAIT = {False: 0.4, True: 0.1}
 """rollout.autoscale_wait if not given, by whether generation and training overlap."""
 NUMBERS = ("wanted", "ready", "starting", "pending", "draining", "given_up")
@@ -64,6 +66,8 @@ class Scaling:
         """The minimum was ready once: before that the pool is only starting."""
         self._short_steps = 0
         """In a row, that the cluster had no room for all."""
+        self._short_since = 0.0
+        """When the first of them ended."""
 
     async def run(self) -> None:
         """Follow the orders and tell of the workers, until cancelled."""
@@ -101,7 +105,10 @@ class Scaling:
 
     def _autoscale(self, autoscaler: Autoscaler, load: StepLoad, count: WorkerCount) -> None:
         self._short_steps = self._short_steps + 1 if count.pending else 0
-        if self._short_steps > self._patience and count.ready >= self._order.least:
+        if self._short_steps == 1:
+            self._short_since = monotonic()
+        short_for_long = self._short_steps > self._patience and monotonic() - self._short_since >= NODE_S
+        if short_for_long and count.ready >= self._order.least:
             self._aim(count.ready, "capacity", f"the cluster had no room for more: {count.asked}")
         elif count.ready == self._wanted and not count.draining:
             autoscaler.observe(load)

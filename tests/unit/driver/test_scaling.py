@@ -165,19 +165,27 @@ async def test_a_run_that_waits_for_its_workers_takes_more_of_them_and_says_why(
     assert [bench.rows.rows[step]["rollout/workers_wanted"] for step in (1, 2, 3)] == [1.0, 2.0, 2.0]
 
 
-async def test_a_run_that_asked_for_more_than_the_cluster_has_goes_back_to_what_it_got(tmp_path: Path) -> None:
+async def test_a_run_that_asked_for_more_than_the_cluster_has_goes_back_to_what_it_got_once_no_node_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(scaling, "monotonic", lambda: now[0])
     journal = Journal(tmp_path / "journal.jsonl", 1)
     rollouts = Counted(said=counted(wanted=1, ready=1))
     spec = job(rollout__autoscale=True, rollout__max_workers=8, rollout__autoscale_steps=2)
     keeper = Scaling(spec=spec, orders=StandingOrders(), rollouts=rollouts, journal=journal, changed=lambda: None)
-    waiting = StepLoad(seconds=10.0, waited=9.0, busy=9.0, ready_batches=0.0)
-    for ready, pending in ((1, 0), (1, 0), (2, 0), (2, 0), (3, 1), (3, 1), (3, 1)):
+    waiting = StepLoad(seconds=100.0, waited=90.0, busy=90.0, ready_batches=0.0)
+    scaled = []
+    for ready, pending in ((1, 0), (1, 0), (2, 0), (2, 0), *[(3, 1)] * 8):
+        now[0] += 100.0
         rollouts.said = counted(wanted=ready + pending, ready=ready, pending=pending, asked="each asks for 1 CPU")
-        keeper.step(waiting if ready < 2 else replace(waiting, waited=8.0))
+        keeper.step(waiting if ready < 2 else replace(waiting, waited=80.0))
+        scaled.append(len(rollouts.scaled))
     journal.close()
     said = [(one["from"], one["to"], one["why"]) for one in read_journal(journal.path)]
     assert said == [(1, 2, "autoscale"), (2, 4, "autoscale"), (4, 3, "capacity")]
     assert rollouts.scaled == [(2, 1), (4, 1), (3, 1)]
+    assert scaled.index(3) - scaled.index(2) == 7, "short for 600 s, and not only for the steps of a decision"
 
 
 async def test_an_error_of_the_scaling_task_ends_the_run_and_is_not_swallowed(tmp_path: Path) -> None:
