@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -89,6 +90,24 @@ def test_everything_from_an_index_is_installed_from_the_lock_file_and_without_re
         assert source in (".", "/wheels/*.whl", "rest.txt", f"requirements/{lock}") or re.fullmatch(
             r"\"\$\(grep '\^[a-z]+==' requirements/\w+\.lock\)\"", " ".join(one.split()[-3:])
         )
+
+
+def test_what_the_worker_image_leaves_out_is_locked_and_not_what_it_runs_on() -> None:
+    (left_out,) = re.findall(r'ARG LEFT_OUT="([^"]*)"', DOCKERFILES["worker-cpu"].read_text())
+    lines = (ROOT / "requirements" / "cpu.lock").read_text().splitlines()
+    locked = {line.split("==")[0] for line in lines if not line.startswith("#")}
+    assert set(left_out.split("|")) <= locked
+    script = instructions("worker-cpu")
+    (filtering,) = [rest.split(" > ")[0] for name, rest in script if name == "RUN" and rest.startswith("grep -v")]
+    done = subprocess.run(
+        ["sh", "-c", filtering],
+        cwd=ROOT,
+        env={"LEFT_OUT": left_out, "PATH": os.defpath},
+        capture_output=True,
+        text=True,
+    )
+    kept = {line.split("==")[0] for line in done.stdout.splitlines() if line}
+    assert kept == locked - {"torch", "deepspeed", *left_out.split("|")} - {""}
 
 
 @each
