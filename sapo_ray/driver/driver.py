@@ -279,6 +279,7 @@ class Driver:
         """With a new learner, from its newest checkpoint; raises `error` if it was not the learner that was lost."""
         with self._phase("recovery"):
             checkpoint = await self._recovery.after(error, self._version())
+        self._stop_if_superseded()  # restarting took a while, and what follows takes rows of metrics back
         return await self._begin(checkpoint)
 
     async def _restore(self, checkpoint: Path | None) -> Cut:

@@ -60,6 +60,8 @@ class Link:
         """Events before this number go one by one."""
         self._refusals = Refusals()
         self._released = False
+        self._unwritten = ""
+        """Why the journal could not be written the last time."""
         self._wake = threading.Event()
         self._closing_until: float | None = None
         self._away_since: float | None = None
@@ -152,7 +154,11 @@ class Link:
         try:
             self._journal.sync_now()
         except ResourceError as error:  # the run's own writes raise it too; what is on the disk can still be shipped
-            log.warning("%s", error)
+            if str(error) != self._unwritten:  # a full disk stays full for hours
+                log.warning("%s", error)
+            self._unwritten = str(error)
+        else:
+            self._unwritten = ""
         count = 1 if self._next < self._singly_until else self._count
         events = self._outbox.batch(self._next, self._journal.durable, count)
         first = self._next

@@ -62,6 +62,8 @@ class Membership(Supervised):
         self._drains: dict[str, asyncio.Task[None]] = {}
         self._closing = False
         self._gpus = False
+        self._asked_for = ""
+        """What the cluster had no room for, when it was found: asking the cluster each time would hold up the loop."""
 
     async def start(self) -> None:
         """Start the workers that the job begins with.
@@ -143,7 +145,7 @@ class Membership(Supervised):
             pending=states.count(WorkerState.PENDING),
             draining=states.count(WorkerState.DRAINING),
             given_up=len(self._given_up),
-            asked=self._asked() if WorkerState.PENDING in states else "",
+            asked=self._asked_for if WorkerState.PENDING in states else "",
             last_loss=str(self._last_loss or ""),
             nodes=tuple(sorted({info.address for info in self.workers() if info.address})),
         )
@@ -204,7 +206,8 @@ class Membership(Supervised):
         while worker.state in COMING and not await worker.placed(LOOK_S):
             if worker.state is WorkerState.STARTING and clock() > overdue:
                 worker.state = WorkerState.PENDING
-                self._event("worker_pending", worker, reason=self._asked())
+                self._asked_for = self._asked()
+                self._event("worker_pending", worker, reason=self._asked_for)
         if worker.state is WorkerState.PENDING:
             worker.state = WorkerState.STARTING
 

@@ -17,7 +17,7 @@ from sapo_ray.api.link import Orders
 from sapo_ray.driver.journal import read_journal
 from sapo_ray.driver.recovery import losses_before
 from sapo_ray.driver.tracking import open_trackers
-from sapo_ray.errors import DeadlineExceeded, TrainingFailed, WorkerLost
+from sapo_ray.errors import DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
 from sapo_ray.types import PolicyVersion, Prompt
 
 
@@ -192,6 +192,22 @@ async def test_accuracy_before_training_is_measured_once(tmp_path: Path) -> None
     await lossy.attempt()
     assert [record["step"] for record in lossy.journal("evaluation")] == [0, 3]
     assert "evaluation/greedy" in lossy.rows.rows[1], "in the row of the first step, which was taken again"
+
+
+async def test_a_driver_that_is_superseded_while_its_learner_restarts_takes_no_rows_back(tmp_path: Path) -> None:
+    lossy = bench(tmp_path, job(steps=6), ("train", 3))
+    restart = lossy.learner.restart
+
+    async def superseded() -> None:
+        (tmp_path / "attempt").write_text("2")
+        lossy.rows.rows |= {3: {}, 4: {}}  # of the other attempt
+        await restart()
+
+    lossy.learner.restart = superseded  # type: ignore[method-assign]
+    with pytest.raises(Superseded):
+        await lossy.attempt()
+    assert sorted(lossy.rows.rows) == [1, 2, 3, 4]
+    assert lossy.journal("rollback") == []
 
 
 @pytest.mark.parametrize("state", ["pause", "cancel"])
