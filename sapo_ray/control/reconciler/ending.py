@@ -18,11 +18,13 @@ def decide_ending(seen: Seen, limits: Limits) -> Action:
     job = seen.job
     if gone(seen, limits):
         return Settle(then=settled_state(job), reason=f"{_asked(job)}; the driver ended before it could say so")
-    grace = _grace(job, limits)
-    if seen.in_state > grace:
-        return Stop(why=f"{_asked(job)}, and the driver has not obeyed within {grace:.0f} s")
     if seen.silence > limits.heartbeat_timeout_s:
         return Stop(why=f"{_asked(job)}, and nothing was heard of the driver for {limits.heartbeat_timeout_s:.0f} s")
+    grace = _grace(job, limits)
+    if job.state == "pausing" and job.held:
+        return Wait()  # its time begins when there is room for the checkpoint: stopped now, its steps would be lost
+    if seen.in_state > grace:
+        return Stop(why=f"{_asked(job)}, and the driver has not obeyed within {grace:.0f} s")
     return Wait()
 
 

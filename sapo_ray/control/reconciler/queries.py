@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from sapo_ray.api.jobs import LIVE
 from sapo_ray.control.reconciler.views import AttemptState, AttemptView, JobView
 from sapo_ray.control.store import AttemptRow, EventRow, JobRow, LeaseRow
+from sapo_ray.control.store.projection import DISK_FULL
 
 _UNENDED = exists().where(AttemptRow.job_id == JobRow.id, AttemptRow.state != "ended")
 
@@ -128,6 +129,7 @@ def job_view(row: JobRow) -> JobView:
         discard=row.discard,
         restarts=row.restarts,
         run_dir=Path(row.run_dir),
+        held=any(condition["type"] == DISK_FULL for condition in row.conditions),
     )
 
 

@@ -26,6 +26,8 @@ class JobView:
     discard: bool
     restarts: int
     run_dir: Path
+    held: bool = False
+    """Its driver waits for room on a full disk."""
 
     @property
     def live(self) -> bool:

@@ -64,7 +64,9 @@ MAX_INT = 2**31 - 1
 WORKERS = ("wanted", "ready", "starting", "pending", "draining", "given_up")
 OF_WORKERS = {"ScaleInProgress", "NoCapacity", "BelowTarget", "BelowMinimum"}
 """Conditions about a driver's rollout workers."""
-OF_DRIVER = {"Stalled", "LearnerLost", "DiskFull", "Throttled", "Mismatch", "RatioOutOfRange", "RewardCollapse"} | {
+DISK_FULL = "DiskFull"
+"""Condition of a run that holds."""
+OF_DRIVER = {"Stalled", "LearnerLost", DISK_FULL, "Throttled", "Mismatch", "RatioOutOfRange", "RewardCollapse"} | {
     "VerifierErrors",
     "StaleDrops",
 }
@@ -114,7 +116,7 @@ def apply(row: JobRow, event: Mapping[str, Any], *, at: float) -> Transition | N
         case "evaluation":
             _evaluation(row, event)
         case "condition":
-            _condition(row, event, at)
+            return _condition(row, event, at)
         case "workers":
             _workers(row, event)
         case "rollback":
@@ -205,11 +207,14 @@ def _evaluation(row: JobRow, event: Mapping[str, Any]) -> None:
         row.summary = row.summary | before | {"accuracy": accuracy}
 
 
-def _condition(row: JobRow, event: Mapping[str, Any], at: float) -> None:
-    """Newest of each type; of advice, each piece. `cleared: true` takes one away."""
+def _condition(row: JobRow, event: Mapping[str, Any], at: float) -> Transition | None:
+    """Newest of each type; of advice, each piece. `cleared: true` takes one away.
+
+    A driver that was to pause and held for a full disk begins to do so when there is room: so does its time for it.
+    """
     type = event.get("condition")
     if not isinstance(type, str) or not type:
-        return
+        return None
     details = {key: value for key, value in event.items() if key not in ("time", "attempt", "seq", "kind", "condition")}
     given = details.pop("reason", None)
     words = [given] if isinstance(given, str) and given else []
@@ -222,7 +227,11 @@ def _condition(row: JobRow, event: Mapping[str, Any], at: float) -> None:
     }
     replaced = ("type", "reason") if type == "Advice" else ("type",)
     others = [old for old in row.conditions if any(old[key] != new[key] for key in replaced)]
-    row.conditions = others if details.get("cleared") is True else [*others, new][-MAX_CONDITIONS:]
+    cleared, stood = details.get("cleared") is True, len(others) < len(row.conditions)
+    row.conditions = others if cleared else [*others, new][-MAX_CONDITIONS:]
+    if cleared and stood and type == DISK_FULL and row.state == "pausing":
+        return enter(row, "pausing", "there is room on the disk again: the pause goes on", at)
+    return None
 
 
 def _words(value: Any) -> str:

@@ -41,6 +41,23 @@ def test_a_driver_that_does_not_obey_a_pause_is_stopped_and_the_job_paused(world
     assert world.job(id).restarts == 0
 
 
+def test_a_driver_that_holds_for_a_full_disk_is_not_stopped_for_a_pause_that_needs_room(world: World) -> None:
+    id = world.running()
+
+    def disk_full(**more: bool) -> None:
+        world.report(id, {"time": world.clock(), "kind": "condition", "condition": "DiskFull", "reason": "x", **more})
+
+    disk_full()
+    world.ask(id, "pause")
+    heartbeats(world, id, 3600.0)
+    assert world.cluster.stops.total() == 0
+    disk_full(cleared=True)
+    heartbeats(world, id, 890.0)
+    assert world.cluster.stops.total() == 0, "its time began when there was room"
+    heartbeats(world, id, 20.0)
+    assert world.cluster.stops.total() == 1
+
+
 @pytest.mark.parametrize(("discard", "grace"), [(False, 600.0), (True, 60.0)])
 def test_a_driver_that_does_not_obey_a_cancel_is_stopped(world: World, discard: bool, grace: float) -> None:
     id = world.running()
