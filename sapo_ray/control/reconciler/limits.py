@@ -21,7 +21,7 @@ class Limits:
     """Silence after which a driver whose submission the cluster does not know counts as gone with the old cluster."""
     exit_grace_s: float = 30.0
     """Time a driver has to exit after it reported its end."""
-    pause_grace_s: float = 900.0
+    pause_grace_s: float = 7200.0
     """Time to finish a step, checkpoint and exit; then it is stopped, and resumes from its last checkpoint."""
     cancel_grace_s: float = 600.0
     """Time to export and exit; then it is stopped."""

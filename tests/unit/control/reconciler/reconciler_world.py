@@ -13,7 +13,7 @@ from sapo_ray.control.reconciler.admission import Admission
 from sapo_ray.control.reconciler.hooks import Hooks
 from sapo_ray.control.store import AttemptRow, EventRow, JobRow, Store, attempts, events, jobs
 
-LIMITS = Limits(max_running_per_tenant=2, retry_delay_s=1.0, tick_s=0.01)
+LIMITS = Limits(max_running_per_tenant=2, retry_delay_s=1.0, tick_s=0.01, pause_grace_s=900.0)
 
 
 class Clock:
