@@ -99,8 +99,8 @@ class Settings(BaseSettings):
     start_deadline_s: Seconds = 300.0
     """A driver that has not reported so long after its launch is replaced."""
     pause_grace_s: Seconds = 7200.0
-    """Time a driver has to finish its step and checkpoint when it is to pause; then it is stopped and the step is lost. To
-    be longer than deadlines.step_s and deadlines.checkpoint_s of any job together: those end a driver that hangs."""
+    """Time a driver has to finish its step and checkpoint when it is to pause; then it is stopped and the step is lost.
+    To be longer than deadlines.step_s and deadlines.checkpoint_s of any job together: those end a driver that hangs."""
     cancel_grace_s: Seconds = 600.0
     """Time a driver has to export when it is cancelled; then it is stopped."""
     lease_s: Seconds = 15.0
