@@ -378,7 +378,7 @@ SECTIONS = ["", "model", "data", "data.train.0", "algorithm", "rollout", "verifi
 SECTIONS += ["evaluation", "evaluation.data.0", "logging", "deadlines"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(section=st.sampled_from(SECTIONS), key=st.from_regex(r"[a-z][a-z_]{0,20}", fullmatch=True), value=st.integers())
 def test_any_unknown_key_anywhere_is_refused_by_its_name(section: str, key: str, value: int):
     location = [part for part in section.split(".") if part]

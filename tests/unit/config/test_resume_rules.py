@@ -81,7 +81,7 @@ REFUSED = ["seed=1", "learner.ranks=1", "rollout.group_size=8", "algorithm.gate=
 REFUSED += ["model.revision=main", "verifier.deadline_s=1", "data.train.0.limit=7"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(ALLOWED + REFUSED), max_size=4, unique=True))
 def test_the_hash_changes_exactly_when_a_resume_would_be_refused(overrides: list[str]):
     new = resolve(QUICK, overrides)

@@ -34,7 +34,7 @@ def test_equal_weights_alternate() -> None:
     assert order == [0, 1, 0, 1, 0, 1]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(1, 400))
 def test_no_source_is_ever_more_than_its_number_of_rivals_off_its_share(weights: list[float], takes: int) -> None:
     shares = np.asarray(weights) / sum(weights) * takes

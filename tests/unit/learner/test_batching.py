@@ -67,7 +67,7 @@ def batches(draw: st.DrawFn) -> list[TrainSample]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches(), st.integers(1, 4), st.integers(1, 5), st.integers(32, 200), st.randoms())
 def test_every_sample_sits_in_exactly_one_place_however_the_step_is_divided(
     samples: list[TrainSample], ranks: int, mini_batches: int, budget: int, chance: random.Random

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sapo_ray.api.jobs import LIVE, TERMINAL, Summary
@@ -226,7 +226,6 @@ FIELDS = [
 ]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(["transition", "step", "evaluation", "condition", "rollback"]),
     fields=st.dictionaries(st.sampled_from(FIELDS), anything),
