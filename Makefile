@@ -59,7 +59,7 @@ quickstart: setup
 
 # Two processes: one for all that has real engines, one for the rest.
 test: setup
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" -n 2 --no-loadscope-reorder
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

@@ -7,6 +7,7 @@ import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -25,21 +26,29 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Servers of PostgreSQL are for the whole suite; the quick one has SQLite.
+ENGINES = ("tests/chaos/", "tests/gpu/", "tests/integration/")
+"""Where tests with real engines are."""
 
-    Where processes share the suite (`-n 2`), one of them runs all tests with real engines, which come first and have
-    one Ray; the others go file by file.
-    """
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Servers of PostgreSQL are for the whole suite; the quick one has SQLite. Among processes, engines come first."""
     for item in items:
         if "[postgresql" in item.nodeid:
             item.add_marker(pytest.mark.slow)
-    if config.getoption("dist", "no") == "loadgroup":
-        for item in items:
-            engines = item.get_closest_marker("integration") or item.get_closest_marker("gpu")
-            item.add_marker(pytest.mark.xdist_group("engines" if engines else item.path.name))
-        items.sort(key=lambda item: next(item.iter_markers("xdist_group")).args[0] != "engines")
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=lambda item: not item.nodeid.startswith(ENGINES))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` one process runs all tests with real engines, which share a Ray; the others go file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class EnginesTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "engines" if nodeid.startswith(ENGINES) else nodeid.partition("::")[0]
+
+    return EnginesTogether(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -102,6 +103,8 @@ def grade(
         from sapo_ray.config.spec import VerifierSpec
         from sapo_ray.verifier.offline import grade_file
 
+        if find_spec("math_verify") is None:  # grading processes need it, and know no better remedy than more memory
+            raise ModuleNotFoundError("No module named 'math_verify'", name="math_verify")
         with _as_options(deadline_s="--deadline"):
             spec = VerifierSpec(
                 processes=processes,

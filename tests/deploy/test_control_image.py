@@ -106,7 +106,7 @@ def test_the_command_line_needs_no_engine_to_start(python: Path, command: str) -
     [
         ("train JOB", "ray"),
         ("gates", "torch"),
-        ("grade JOB JOB.out", "numpy"),
+        ("grade ROWS ROWS.out", "math_verify"),
         ("validate JOB --inputs", "transformers"),
     ],
 )
@@ -115,7 +115,9 @@ def test_a_command_that_needs_an_engine_says_so_and_where_there_is_one(
 ) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("preset: quickstart\n")
-    words = command.replace("JOB", str(job)).split()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"completion": "5", "gold": "5"}\n')
+    words = command.replace("JOB", str(job)).replace("ROWS", str(rows)).split()
     done = subprocess.run(
         [python, "-m", "sapo_ray.cli", *words],
         env=environment(),

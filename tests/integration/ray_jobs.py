@@ -66,6 +66,13 @@ class Cluster:
         except httpx.HTTPError:
             return False
 
+    def _get(self, path: str) -> httpx.Response:
+        """An answer; asked for again where Ray closed a kept connection in the same moment."""
+        try:
+            return self.call.get(path)
+        except httpx.RemoteProtocolError:
+            return self.call.get(path)
+
     def submit(self, name: str, arguments: list[str]) -> None:
         entrypoint = shlex.join([sys.executable, "-m", "sapo_ray.driver.main", *arguments])
         end = time.monotonic() + 120
@@ -76,11 +83,11 @@ class Cluster:
         assert answer.status_code == 200, answer.text
 
     def status(self, name: str) -> dict[str, Any]:
-        job: dict[str, Any] = self.call.get(f"/api/jobs/{name}").json()
+        job: dict[str, Any] = self._get(f"/api/jobs/{name}").json()
         return job
 
     def logs(self, name: str) -> str:
-        return str(self.call.get(f"/api/jobs/{name}/logs").json()["logs"])
+        return str(self._get(f"/api/jobs/{name}/logs").json()["logs"])
 
     def wait(self, name: str, seconds: float = 600) -> dict[str, Any]:
         """Until a job has ended."""
@@ -92,7 +99,7 @@ class Cluster:
 
     def actors(self) -> list[tuple[str, str]]:
         """(class, state) of all that are not dead, Ray's own job supervisors left out."""
-        rows = self.call.get("/api/v0/actors?limit=1000&detail=1").json()["data"]["result"]["result"]
+        rows = self._get("/api/v0/actors?limit=1000&detail=1").json()["data"]["result"]["result"]
         return [
             (row["class_name"], row["state"])
             for row in rows
@@ -101,13 +108,13 @@ class Cluster:
 
     def placement_groups(self) -> list[str]:
         """States of placement groups that still hold something."""
-        rows = self.call.get("/api/v0/placement_groups?limit=1000").json()["data"]["result"]["result"]
+        rows = self._get("/api/v0/placement_groups?limit=1000").json()["data"]["result"]["result"]
         return [row["state"] for row in rows if row["state"] != "REMOVED"]
 
     def nodes(self) -> dict[str, list[str]]:
         """Ids of living nodes by the role that they bear."""
         found: dict[str, list[str]] = {}
-        for row in self.call.get("/api/v0/nodes?limit=1000&detail=1").json()["data"]["result"]["result"]:
+        for row in self._get("/api/v0/nodes?limit=1000&detail=1").json()["data"]["result"]["result"]:
             if row["state"] == "ALIVE" and (role := row["labels"].get(LABEL)):
                 found.setdefault(role, []).append(row["node_id"])
         return found
