@@ -260,7 +260,9 @@ class VerifierPool:
 
     async def _watch(self, worker: _Worker, actor: Any) -> None:
         """Until the actor is lost: no call need be under way for its silence to be noticed."""
-        while worker.actor is actor:
+        # A cancellation that comes together with an answer is lost (asyncio.wait_for of Python 3.11): a closed pool is
+        # looked for as well.
+        while worker.actor is actor and not self._closed:
             await asyncio.sleep(WATCH_S)
             if worker.actor is not actor:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,25 @@ async def test_actors_that_answer_are_kept_through_many_watches(actors: list[Act
     await asyncio.sleep(0.3)
     assert len(actors) == 2
     await pool.close()
+
+
+async def test_a_watch_that_never_hears_of_its_cancellation_ends_with_its_pool(
+    actors: list[Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio.wait_for of Python 3.11 loses a cancellation that comes together with the answer."""
+
+    async def answered(call: Any, *_: Any) -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.05)
+        return await call
+
+    monkeypatch.setattr(pool_module, "answered", answered)
+    pool = VerifierPool(VerifierSpec(workers=1))
+    await pool.start()
+    await asyncio.sleep(0.03)
+    async with asyncio.timeout(10):
+        await pool.close()
+    assert len(actors) == 1
 
 
 def test_a_call_waits_as_long_as_a_replacement_may_take() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ def verdicts(gradings: list[Grading]) -> list[tuple[str, str]]:
 def bound(failures: int, processes: int) -> float:
     """Seconds promised for so many items that each fail twice."""
     return -(-failures // processes) * 2 * (DEADLINE_S + REPLACEMENT_S) * ALLOWANCE
+
+
+def children() -> set[psutil.Process]:
+    """All that was started from here, but for a database server of other tests: that starts what it likes."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() != "postgres":
+                found.add(process)
+    return found
 
 
 async def test_poison_among_good_answers_spoils_only_itself() -> None:
@@ -244,7 +254,7 @@ asyncio.run(main())
 
 
 async def test_closing_ends_what_waits_and_leaves_nothing(misbehaving: str) -> None:
-    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    before = children()
     async with supervised(reward=misbehaving, deadline_s=600) as processes:
         waiting = asyncio.ensure_future(processes.grade_many(said("sleep", "sleep", "5", "5")))
         await asyncio.sleep(0.3)
@@ -252,7 +262,7 @@ async def test_closing_ends_what_waits_and_leaves_nothing(misbehaving: str) -> N
         await waiting
     with pytest.raises(WorkerLost, match="not running"):
         await processes.grade_many(said("5"))
-    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
+    assert children() <= before
 
 
 @pytest.mark.parametrize(
@@ -275,7 +285,7 @@ async def test_a_verifier_that_cannot_work_says_so_at_start(
 @pytest.mark.parametrize("kills", [1, 2, 3])
 async def test_a_process_that_is_killed_while_it_starts_is_started_again_twice(misbehaving: str, kills: int) -> None:
     this = psutil.Process()
-    others, killed = set(this.children(recursive=True)), set[psutil.Process]()
+    others, killed = children(), set[psutil.Process]()
     processes = GradingProcesses(VerifierSpec(processes=1, reward=misbehaving))
     starting = asyncio.create_task(processes.start())
     while not starting.done():
@@ -293,7 +303,7 @@ async def test_a_process_that_is_killed_while_it_starts_is_started_again_twice(m
         with pytest.raises(WorkerLost, match=r"ended while starting \(killed by SIGKILL\)"):
             await starting
     await processes.close()
-    assert set(this.children(recursive=True)) <= others
+    assert children() <= others
 
 
 async def test_when_no_process_can_be_started_any_more_gradings_end_in_an_error(
@@ -320,10 +330,10 @@ def test_references_are_checked_without_an_event_loop_too() -> None:
 @pytest.mark.parametrize("rounds", [15, pytest.param(50, marks=pytest.mark.long)])
 async def test_a_hundred_kills_leak_neither_processes_nor_files(misbehaving: str, rounds: int) -> None:
     this = psutil.Process()
-    others = set(this.children(recursive=True))  # of tests before this one: Ray's, say
+    others = children()  # of tests before this one: Ray's, say
 
     def graders() -> set[psutil.Process]:
-        return set(this.children(recursive=True)) - others
+        return children() - others
 
     async with supervised(reward=misbehaving, deadline_s=0.3) as processes:
 
