@@ -153,7 +153,8 @@ def test_a_disk_that_is_full_is_named_until_there_is_room_again(patient: Patient
 
 def test_a_driver_that_is_killed_and_then_a_checkpoint_that_was_damaged_are_named(patient: Patient) -> None:
     injected = time.time()
-    patient.kill_driver()
+    assert patient.kill("driver") == "driver"
+    patient.gone()
     found = patient.names("driver killed", "driver", "failed", injected)
     assert "was killed" in found.summary
 
