@@ -148,7 +148,8 @@ class Gate:
     async def _guard(self, held: Held, every_s: float, ended: Callable[[], None]) -> None:
         while not held.revoked:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(held.news.wait(), every_s)
+                async with asyncio.timeout(every_s):
+                    await held.news.wait()
             if time.monotonic() - self._seen.get(held.key_id, -CACHE_S) < CACHE_S:
                 continue  # another of this key's has just looked
             with contextlib.suppress(StoreUnavailable):  # nothing comes down the stream either

@@ -87,7 +87,8 @@ class _Exchange:
     async def receive(self) -> Message:
         """As the server's, counting: what is too long is refused while it comes, not after."""
         try:
-            message = await asyncio.wait_for(self._receive(), None if self._whole else BODY_S)
+            async with asyncio.timeout(None if self._whole else BODY_S):
+                message = await self._receive()
         except TimeoutError:
             raise Refused(
                 408,

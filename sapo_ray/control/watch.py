@@ -187,7 +187,8 @@ class Watcher:
             least = pause if failures else min(pause, LEAST_PAUSE_S)
             await asyncio.sleep(least)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._nudged.wait(), pause - least)
+                async with asyncio.timeout(pause - least):
+                    await self._nudged.wait()
 
     async def _look(self) -> None:
         positions = {job_id: watched.told for job_id, watched in self._jobs.items()}

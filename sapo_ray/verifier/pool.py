@@ -205,7 +205,8 @@ class VerifierPool:
                 return min(live, key=lambda worker: worker.in_flight)
             self._a_worker_is_back.clear()
             try:
-                await asyncio.wait_for(self._a_worker_is_back.wait(), max(0.0, deadline - time.monotonic()))
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await self._a_worker_is_back.wait()
             except TimeoutError:
                 return None
 
@@ -260,9 +261,7 @@ class VerifierPool:
 
     async def _watch(self, worker: _Worker, actor: Any) -> None:
         """Until the actor is lost: no call need be under way for its silence to be noticed."""
-        # A cancellation that comes together with an answer is lost (asyncio.wait_for of Python 3.11): a closed pool is
-        # looked for as well.
-        while worker.actor is actor and not self._closed:
+        while worker.actor is actor:
             await asyncio.sleep(WATCH_S)
             if worker.actor is not actor:
                 return

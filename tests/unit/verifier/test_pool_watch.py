@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from sapo_ray.config.spec import VerifierSpec
 from sapo_ray.types import Grading, Verdict
 from sapo_ray.verifier import pool as pool_module
+from sapo_ray.verifier.calls import bounded
 from sapo_ray.verifier.pool import VerifierPool
 
 RIGHT = Grading(verdict=Verdict.CORRECT, reward=1.0, reason="match")
@@ -79,23 +79,19 @@ async def test_actors_that_answer_are_kept_through_many_watches(actors: list[Act
     await pool.close()
 
 
-async def test_a_watch_that_never_hears_of_its_cancellation_ends_with_its_pool(
-    actors: list[Actor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """asyncio.wait_for of Python 3.11 loses a cancellation that comes together with the answer."""
-
-    async def answered(call: Any, *_: Any) -> Any:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0.05)
-        return await call
-
-    monkeypatch.setattr(pool_module, "answered", answered)
-    pool = VerifierPool(VerifierSpec(workers=1))
-    await pool.start()
-    await asyncio.sleep(0.03)
-    async with asyncio.timeout(10):
-        await pool.close()
-    assert len(actors) == 1
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_cancellation_is_never_lost_to_an_answer_that_comes_with_it(turns: int) -> None:
+    """It was, by asyncio.wait_for of Python 3.11: a watch went on, and its pool waited for it for ever."""
+    answer = asyncio.get_running_loop().create_future()
+    call = asyncio.create_task(bounded(answer, 10, "an answer"))
+    await asyncio.sleep(0)
+    answer.set_result(1)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    in_time = not call.done()
+    call.cancel()
+    await asyncio.wait((call,))
+    assert call.cancelled() == in_time
 
 
 def test_a_call_waits_as_long_as_a_replacement_may_take() -> None:

@@ -21,12 +21,25 @@ from sapo_ray.errors import ConfigError, ResourceError, WorkerLost
 from sapo_ray.types import Grading, Verdict
 from sapo_ray.verifier.golds import check_gold, find_unusable_golds
 from sapo_ray.verifier.jobs import GradingItem
+from sapo_ray.verifier.stock import ProcessStock
 from sapo_ray.verifier.supervisor import GradingProcesses
 
 DEADLINE_S = 2.0
 REPLACEMENT_S = 5.0
 ALLOWANCE = 3  # on promised bounds: the machine may be shared
 POISON = ["9^{9^{9^9}}", "100000000!", r"\binom{10^9}{10^8}", "2^{2^{40}}", "{" * 60 + "}" * 60]
+
+
+KILLED_ON_IMPORT = """
+import os, pathlib, signal
+kills = pathlib.Path(__file__).with_name("kills")
+done = kills.read_text() if kills.exists() else ""
+if len(done) < {kills}:
+    kills.write_text(done + "x")
+    os.kill(os.getpid(), signal.SIGKILL)
+def act(*, completion, gold, prompt):
+    return 1.0
+"""
 
 
 @asynccontextmanager
@@ -283,26 +296,22 @@ async def test_a_verifier_that_cannot_work_says_so_at_start(
 
 
 @pytest.mark.parametrize("kills", [1, 2, 3])
-async def test_a_process_that_is_killed_while_it_starts_is_started_again_twice(misbehaving: str, kills: int) -> None:
-    this = psutil.Process()
-    others, killed = children(), set[psutil.Process]()
-    processes = GradingProcesses(VerifierSpec(processes=1, reward=misbehaving))
-    starting = asyncio.create_task(processes.start())
-    while not starting.done():
-        started = set(this.children()) - others - killed
-        if len(started) == 2 and len(killed) < 2 * kills:  # the one that works, and the spare
-            for process in started:
-                process.kill()
-            killed |= started
-        await asyncio.sleep(0.01)
+async def test_a_process_that_is_killed_while_it_starts_is_started_again_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    (tmp_path / "killed_on_import.py").write_text(KILLED_ON_IMPORT.format(kills=kills))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    others = children()
+    stock = ProcessStock(VerifierSpec(reward="killed_on_import:act"), shortcuts=False)
     if kills < 3:
-        await starting
-        assert processes.stats().live == 2
-        assert verdicts(await processes.grade_many(said("5"))) == [("correct", "reward")]
+        assert await stock.start(0) == []  # nothing but the spare
+        assert len(stock.living) == 1
+        assert await (await stock.fresh()).answers()
     else:
         with pytest.raises(WorkerLost, match=r"ended while starting \(killed by SIGKILL\)"):
-            await starting
-    await processes.close()
+            await stock.start(0)
+    assert (tmp_path / "kills").read_text() == "x" * kills
+    await stock.close()
     assert children() <= others
 
 
