@@ -68,7 +68,7 @@ test-fast: setup
 	$(BIN)/python -m pytest tests/unit -m "not integration and not slow and not gpu"
 
 chaos: setup
-	PYTHONPATH=tests/integration $(BIN)/python tests/chaos/long.py --seeds $(SEEDS) --minutes $(MINUTES) $(if $(FAULTS),--faults $(FAULTS))
+	PYTHONPATH=tests:tests/integration $(BIN)/python tests/chaos/long.py --seeds $(SEEDS) --minutes $(MINUTES) $(if $(FAULTS),--faults $(FAULTS))
 
 check: setup
 	$(BIN)/ruff format --check $(PATHS)

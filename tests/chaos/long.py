@@ -1,7 +1,7 @@
 """The long form of the chaos suite: `make chaos SEEDS="1 2 3" MINUTES=10 FAULTS="grader=60 rollout=20 driver=2"`.
 
 For each seed a run of its own, with random faults for so many minutes, and its audit. Ends with 1 at the first that
-breaks a promise; its folder is kept. Wants tests/integration on the PYTHONPATH.
+breaks a promise; its folder is kept. Wants tests and tests/integration on the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -10,33 +10,16 @@ import argparse
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from campaign import WEIGHTS, Campaign
 from chaos_run import ChaosRun
+from small_disk import perhaps_small_disk
 
 DISK_MB = 400
 ENDLESS = {"CHAOS_REPLACEMENTS": "1000000", "CHAOS_RESTARTS": "1000000", "CHAOS_DISK_CHECK_S": "1"}
-
-
-@contextmanager
-def own_disk(folder: Path) -> Iterator[Path | None]:
-    """A small file system, in memory, that may be filled. None where none can be mounted: there is no such fault."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        print("no small file system can be mounted here: no disk is filled", flush=True)
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def main() -> int:
@@ -53,8 +36,10 @@ def main() -> int:
         folder = Path(tempfile.mkdtemp(prefix=f"sapo-chaos-{seed}-"))
         settings = ("steps=100000", f"rollout.workers={options.workers}", f"rollout.max_workers={options.workers + 1}")
         settings += ("rollout.group_deadline_s=60", "checkpoint.min_free_gb=0")
-        with own_disk(folder / "disk") as disk:
-            run = ChaosRun(folder, settings, faults=dict(ENDLESS), disk=disk)
+        with perhaps_small_disk(folder / "disk", DISK_MB) as mounted:
+            if not mounted:
+                print("no small file system can be mounted here: no disk is filled", flush=True)
+            run = ChaosRun(folder, settings, faults=dict(ENDLESS), disk=folder / "disk" if mounted else None)
             campaign = Campaign(run, seed, options.workers, dict(weights))
             try:
                 totals = campaign.go(60 * options.minutes).totals

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from learner_probe import Learners, job, make_samples
+from small_disk import small_disk
 
 from sapo_ray.errors import CheckpointError, ResourceError
 from sapo_ray.types import PolicyVersion
@@ -92,17 +92,8 @@ async def test_a_damaged_checkpoint_is_refused(learners: Learners, tmp_path: Pat
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system that is too small for a checkpoint."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command here: a small file system cannot be made")
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "full", 1) as folder:
+        yield folder
 
 
 async def test_a_disk_that_fills_while_the_ranks_save_costs_no_rank_and_no_bit(

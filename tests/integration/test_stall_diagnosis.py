@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from chaos_run import ROOT
 from fake_control import TOKEN, FakeControl
-from patient import Patient, first_named, small_disk, stopped
+from patient import Patient, first_named, stopped
+from small_disk import perhaps_small_disk
 
 from sapo_ray.audit import audit
 from sapo_ray.config.load import load_job
@@ -36,7 +37,7 @@ long = pytest.mark.long
 def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Patient]:
     """One run on a small disk of its own, where that can be mounted."""
     folder = tmp_path_factory.mktemp("patient")
-    with small_disk(folder, 400):
+    with perhaps_small_disk(folder, 400):
         patient = Patient(folder)
         patient.train()
         patient.gets_on()

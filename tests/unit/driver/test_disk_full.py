@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 from fakes import job
 from ray.exceptions import RayTaskError
 from safetensors.torch import save_file
+from small_disk import fill, small_disk
 
 from sapo_ray.driver import export as exports
 from sapo_ray.driver import run
@@ -29,26 +29,8 @@ WAY_ON = r"its disk has 0\.0\d GB free: free some space.*`sapo-ray resume`"
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(options, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command here: a small file system cannot be made")
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path) -> None:
-    with (folder / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"x" * 4096)
-        except OSError:
-            pass
+    with small_disk(tmp_path / "disk", 3) as folder:
+        yield folder
 
 
 async def tiny(folder: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import json
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from fake_control import orders
 from fakes import Bench, FakeLearner, job
+from small_disk import fill, small_disk
 
 from sapo_ray.api.link import Orders
 from sapo_ray.driver import files, hold, run
@@ -39,31 +39,9 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A real file system of 12 MB; full with less than 64 kB free."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        pytest.skip("no mount command here: a small file system cannot be made")
-    if made.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
     monkeypatch.setattr(files, "FULL_BYTES", 64 << 10)
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path) -> None:
-    with (folder / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"x" * 4096)
-        except OSError:
-            pass
+    with small_disk(tmp_path / "disk", 12) as folder:
+        yield folder
 
 
 class FillsTheDisk(FakeLearner):

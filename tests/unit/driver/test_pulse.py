@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fake_control import TOKEN, FakeControl
 from fakes import job
+from small_disk import small_disk
 
 from sapo_ray.api.diagnosis import Diagnosis
 from sapo_ray.config.load import resolve
@@ -196,14 +197,7 @@ def test_a_data_set_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_is_named_though_nobody_could_write_that_down(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
+    with small_disk(tmp_path / "disk", 1) as disk:
         journal = Journal(disk / "journal.jsonl", 1)
         journal.event("transition", state="running")
         journal.sync_now()
@@ -213,5 +207,3 @@ def test_a_disk_that_is_full_is_named_though_nobody_could_write_that_down(tmp_pa
         found = named(disk)
         assert (found.verdict, found.component) == ("stalled", "storage")
         assert "free some space" in found.remedy
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)

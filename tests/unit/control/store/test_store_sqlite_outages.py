@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -11,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 from sqlalchemy import text
 from store_builders import count, submit, submit_without_end
 
@@ -44,14 +44,7 @@ def test_sqlite_whose_disk_is_full_is_unavailable_until_there_is_room(sqlite_fil
 def test_sqlite_on_a_full_file_system_is_unavailable_and_keeps_what_was_accepted(
     tmp_path: Path, migrated_sqlite: Path
 ) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.getuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, timeout=30, check=False).returncode != 0:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
+    with small_disk(tmp_path / "small", 1) as folder:
         shutil.copy(migrated_sqlite, folder / "jobs.db")
         store = Store(f"sqlite:///{folder / 'jobs.db'}")
         accepted: list[str] = []
@@ -60,8 +53,6 @@ def test_sqlite_on_a_full_file_system_is_unavailable_and_keeps_what_was_accepted
         with store.read() as s:
             assert all(jobs.get_job(s, "acme", job_id) is not None for job_id in accepted)
         store.close()
-    finally:
-        subprocess.run(["umount", str(folder)], capture_output=True, timeout=30, check=True)
 
 
 def test_a_read_only_sqlite_file_is_unavailable_for_writes(sqlite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
