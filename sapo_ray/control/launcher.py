@@ -50,7 +50,7 @@ class LauncherUnavailable(SapoRayError):
 
 
 class ClusterUnavailable(LauncherUnavailable):
-    """The cluster of this one driver does not answer; those of others may."""
+    """The cluster of this one driver does not answer, or cannot be made or changed now; those of others may be."""
 
 
 class NotStarted(SapoRayError):

@@ -1,9 +1,12 @@
 """The Kubernetes API over HTTP, as far as it is needed here: six verbs, bounded, and errors that say what to do.
 
-    401, 403, 429, 5xx, no connection, not JSON  --> LauncherUnavailable: asked again in the next round
-    409                                          --> Conflict: read it again and decide anew
-    400, 422                                     --> Rejected: the object is wrong, asking again would change nothing
-    404 of an object                             --> None; of a kind that the server does not know: LauncherUnavailable
+    no connection, not JSON      --> LauncherUnavailable: the server is away, asked again in the next round
+    401, 403, 429, 5xx           --> ClusterUnavailable: so for this one request; what others ask may be granted
+    403 by a quota               --> QuotaUsedUp
+    403 by an admission policy   --> Rejected
+    400, 422                     --> Rejected: the object is wrong, asking again would change nothing
+    409                          --> Conflict: read it again and decide anew
+    404 of an object             --> None; of a kind that the server does not know: ClusterUnavailable
 
 Nothing is watched: who asks, asks again a second later, and what it finds is the whole truth.
 """
@@ -11,6 +14,7 @@ Nothing is watched: who asks, asks again a second later, and what it finds is th
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -20,12 +24,15 @@ from typing import Any, Self
 import httpx
 
 from sapo_ray.control import answers
-from sapo_ray.control.launcher import CALL_S, CONNECT_S, LauncherUnavailable
+from sapo_ray.control.launcher import CALL_S, CONNECT_S, ClusterUnavailable, LauncherUnavailable
 from sapo_ray.errors import ConfigError, SapoRayError
 
 MOST_BYTES = 64 << 20
 """Largest answer that is read: a list of a thousand pods has some 15 MB."""
 MERGE_PATCH = "application/merge-patch+json"
+DENIED = re.compile("denied (the )?request")
+"""In the answers of admission webhooks and of ValidatingAdmissionPolicies; rights and quotas are told otherwise."""
+QUOTA = "exceeded quota"
 
 RAYCLUSTERS = "ray.io/v1/rayclusters"
 NETWORKPOLICIES = "networking.k8s.io/v1/networkpolicies"
@@ -40,7 +47,11 @@ class Conflict(SapoRayError):
 
 
 class Rejected(SapoRayError):
-    """The server holds the object to be wrong."""
+    """The server holds the object to be wrong, or a policy of the cluster forbids it."""
+
+
+class QuotaUsedUp(ClusterUnavailable):
+    """A ResourceQuota has no room for the object now."""
 
 
 class _TokenFile(httpx.Auth):
@@ -192,11 +203,13 @@ def _failure(what: str, code: int, said: Object) -> SapoRayError:
     message = f"{what} answered {code} {said.get('reason', '')}: {str(said.get('message', ''))[:1000]}"
     if code == 409:
         return Conflict(message)
-    if code in (400, 422):
+    if code in (400, 422) or (code == 403 and DENIED.search(message)):
         return Rejected(message)
+    if code == 403 and QUOTA in message:
+        return QuotaUsedUp(message)
     hints = {
         401: "; is the service account's token mounted, and its own?",
-        403: "; the service's Role must grant this, as the chart's does, or a quota is used up",
+        403: "; the service's Role must grant this, as the chart's does",
         404: "; is the KubeRay operator installed, with its custom resources?",
     }
-    return LauncherUnavailable(message + hints.get(code, ""))
+    return ClusterUnavailable(message + hints.get(code, ""))

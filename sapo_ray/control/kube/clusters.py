@@ -12,7 +12,7 @@ those whose driver is over are removed by the reconciler.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn, Self
@@ -21,7 +21,7 @@ import structlog
 
 from sapo_ray.control.kube import identity
 from sapo_ray.control.kube import pods as of
-from sapo_ray.control.kube.client import EVENTS, PODS, RAYCLUSTERS, Conflict, KubeClient, Object, Rejected
+from sapo_ray.control.kube.client import EVENTS, PODS, QUOTA, RAYCLUSTERS, Conflict, KubeClient, Object, Rejected
 from sapo_ray.control.kube.identity import Identity
 from sapo_ray.control.kube.making import Making, Options
 from sapo_ray.control.kube.scaling import plan
@@ -66,6 +66,8 @@ class KubeClusters:
         """By cluster, whose head was found once; it is asked without a detour."""
         self._answered: dict[str, float] = {}
         """When a cluster's Jobs API answered last; not there if it never did."""
+        self._waits: dict[str, tuple[float, str]] = {}
+        """By cluster that is not ready: when it was looked at, and what it waits for."""
 
     def __enter__(self) -> Self:
         return self
@@ -84,6 +86,19 @@ class KubeClusters:
     def submit(self, request: LaunchRequest) -> None:
         """Bring a driver one step nearer to its start; see Launcher."""
         name = request.submission_id
+        looked, told = self._waits.get(name, (0.0, ""))
+        if 0 <= self._clock() - looked < self._options.look_every_s:
+            raise NotStarted(told)
+        try:
+            self._nearer(request)
+        except NotStarted as waiting:
+            self._waits[name] = self._clock(), str(waiting)
+            raise
+        self._waits.pop(name, None)
+        self._answered[name] = self._clock()
+
+    def _nearer(self, request: LaunchRequest) -> None:
+        name = request.submission_id
         cluster = self._api.get(RAYCLUSTERS, name) or self._create(request)
         if not identity.is_of(cluster, request.job_id):
             raise LaunchRefused(f"there is a RayCluster {name} that is not this service's; delete it")
@@ -94,14 +109,12 @@ class KubeClusters:
             raise NotStarted("the service's token was changed: the cluster is made anew")
         self._making.belongings(cluster)
         pods = self._pods(name)
-        late = of.lacking(pods, identity.needed(cluster))
-        if late:
-            self._wait(cluster, pods, late)
+        if late := self._late(name, pods, identity.needed(cluster)):
+            self._wait(cluster, late)
         try:
             self._open(cluster).submit(request)
         except LauncherUnavailable as error:
-            self._wait(cluster, pods, "its head does not answer yet", str(error))
-        self._answered[name] = self._clock()
+            self._wait(cluster, "its head does not answer yet", str(error))
 
     def status(self, submission_id: str) -> LaunchStatus:
         """What became of a driver. UNKNOWN too if its head is gone, as its driver is then; see Launcher."""
@@ -140,12 +153,16 @@ class KubeClusters:
     def clusters(self) -> list[OwnCluster]:
         """Those of this service."""
         found = self._api.find(RAYCLUSTERS, labelSelector=self._identity.selector())
-        return [identity.own(one) for one in found if not identity.is_going(one)]
+        there = [identity.own(one) for one in found if not identity.is_going(one)]
+        names = {one.submission_id for one in there}
+        self._waits = {name: wait for name, wait in self._waits.items() if name in names}
+        return there
 
     def remove(self, submission_id: str) -> None:
         """Delete a cluster; Kubernetes deletes its pods, services and secret."""
         self._api.delete(RAYCLUSTERS, submission_id)
         self._answered.pop(submission_id, None)
+        self._waits.pop(submission_id, None)
         jobs = self._jobs.pop(submission_id, None)
         if jobs is not None:
             jobs.close()
@@ -161,7 +178,7 @@ class KubeClusters:
         pods = self._pods(submission_id)
         change = plan(group, of.of_group(pods, "rollout"), -(-workers // per_node), busy)
         if change is None:
-            return of.lacking(pods, {"rollout": int(group["replicas"])}) or None
+            return self._late(submission_id, pods, {"rollout": int(group["replicas"])}) or None
         group |= {"replicas": change.replicas, "scaleStrategy": {"workersToDelete": change.delete}}
         version = cluster["metadata"]["resourceVersion"]
         body = {"metadata": {"resourceVersion": version}, "spec": {"workerGroupSpecs": groups}}
@@ -184,7 +201,7 @@ class KubeClusters:
             self.remove(other.submission_id)
         return self._making.cluster(request)
 
-    def _wait(self, cluster: Object, pods: list[Object], why: str, detail: str = "") -> NoReturn:
+    def _wait(self, cluster: Object, why: str, detail: str = "") -> NoReturn:
         """Raise NotStarted; after the deadline LaunchRefused, without leaving nodes behind."""
         name = cluster["metadata"]["name"]
         if cluster["spec"].get("suspend"):
@@ -193,17 +210,28 @@ class KubeClusters:
             self.remove(name)
             told = f"its cluster was not ready within {self._options.deadline_s:.0f} s: {why}"
             raise LaunchRefused(f"{name}: {told} {detail}", told=told)
-        if not of.heads(pods) and (complaint := self._complaint(name)):
-            log.warning("operator_complains", cluster=name, reason=complaint)
-            why = f"{why} ({complaint.partition(':')[0]})"
         raise NotStarted(f"the job's cluster is being made: {why}")
 
-    def _complaint(self, name: str) -> str:
-        """The operator's newest warning about a cluster: a template that it does not take, a quota."""
-        selector = f"involvedObject.kind=RayCluster,involvedObject.name={name},type=Warning"
+    def _late(self, name: str, pods: list[Object], wanted: Mapping[str, int]) -> str:
+        """Which nodes are not ready and why, by Kubernetes' warnings where pods tell nothing; empty if all are."""
+        late = of.lacking(pods, wanted)
+        about = of.told_elsewhere(pods, wanted) if late else None
+        if about is None:
+            return late
+        kind, other = about
+        complaint = self._complaint(kind, other or name)
+        return f"{late} ({complaint})" if complaint else late
+
+    def _complaint(self, kind: str, name: str) -> str:
+        """The newest warning about a cluster or pod, in words for a tenant: a template that is not taken, a quota..."""
+        selector = f"involvedObject.kind={kind},involvedObject.name={name},type=Warning"
         events = self._api.find(EVENTS, fieldSelector=selector)
-        events.sort(key=lambda one: str(one.get("lastTimestamp") or one.get("eventTime") or ""))
-        return f"{events[-1].get('reason')}: {events[-1].get('message')}" if events else ""
+        if not events:
+            return ""
+        newest = max(events, key=lambda one: str(one.get("lastTimestamp") or one.get("eventTime") or ""))
+        reason, message = str(newest.get("reason")), str(newest.get("message"))
+        log.warning("kubernetes_warns", kind=kind, name=name, reason=reason, message=message)
+        return f"{reason}: {of.QUOTA}" if QUOTA in message else reason
 
     def _ask(self, name: str, jobs: RayJobs) -> LaunchStatus:
         found = jobs.status(name)

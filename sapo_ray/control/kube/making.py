@@ -24,12 +24,14 @@ from sapo_ray.control.kube.client import (
     Conflict,
     KubeClient,
     Object,
+    QuotaUsedUp,
     Rejected,
 )
 from sapo_ray.control.kube.identity import Identity
+from sapo_ray.control.kube.pods import QUOTA
 from sapo_ray.control.kube.sizes import Sizes, sizes_of
 from sapo_ray.control.kube.template import ClusterTemplate
-from sapo_ray.control.launcher import LauncherUnavailable, LaunchRefused, LaunchRequest, NotStarted
+from sapo_ray.control.launcher import ClusterUnavailable, LaunchRefused, LaunchRequest, NotStarted
 from sapo_ray.errors import ConfigError
 
 log = structlog.get_logger("sapo_ray.control.kube")
@@ -47,6 +49,8 @@ class Options:
     python: str = "python"
     deadline_s: float = 1800.0
     """Time in which a cluster's nodes are to be ready."""
+    look_every_s: float = 5.0
+    """Pause between two looks at a cluster that is not ready."""
     network_policy: bool = False
     """Whether each cluster has a NetworkPolicy, where everything is denied that no policy allows."""
     tenant_folders: tuple[Path, ...] = ()
@@ -72,6 +76,9 @@ class Making:
             if found is None:
                 raise NotStarted("the cluster is being made") from None
             return found
+        except QuotaUsedUp as error:
+            log.warning("quota_used_up", cluster=request.submission_id, reason=str(error))
+            raise NotStarted(f"{QUOTA}; the job's cluster is made when there is room") from error
         except Rejected as error:
             raise LaunchRefused(str(error)) from error
         log.info("cluster_made", cluster=request.submission_id, nodes=sizes.nodes)
@@ -89,7 +96,7 @@ class Making:
         except Conflict:
             pass  # it is there; one that is only left of an earlier cluster goes, and is made again in the next round
         except Rejected as error:
-            raise LauncherUnavailable(str(error)) from error
+            raise ClusterUnavailable(str(error)) from error
 
     def _sizes(self, request: LaunchRequest) -> Sizes:
         try:
@@ -103,13 +110,13 @@ class Making:
         try:
             return ClusterTemplate.load(self._options.template)
         except ConfigError as error:
-            raise LauncherUnavailable(str(error)) from error
+            raise ClusterUnavailable(str(error)) from error
 
     def _owners(self) -> list[dict[str, Any]]:
         if not self._options.owner:
             return []
         found = self._api.get(DEPLOYMENTS, self._options.owner)
         if found is None:
-            raise LauncherUnavailable(f"there is no Deployment {self._options.owner}; is SAPO_KUBE_OWNER right?")
+            raise ClusterUnavailable(f"there is no Deployment {self._options.owner}; is SAPO_KUBE_OWNER right?")
         kind = {"apiVersion": "apps/v1", "kind": "Deployment", "name": self._options.owner}
         return [kind | {"uid": found["metadata"]["uid"], "blockOwnerDeletion": False}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from sapo_ray.control.kube.client import Object
@@ -12,6 +13,8 @@ CLUSTER, KIND, GROUP = "ray.io/cluster", "ray.io/node-type", "ray.io/group"
 """Labels by which KubeRay marks pods."""
 TELLING = "Unschedulable", "SchedulingGated"
 """Reasons whose messages count nodes and name no addresses."""
+QUOTA = "a quota of Kubernetes is used up"
+"""What a tenant is told of it; the message of Kubernetes names the operator's quotas and numbers."""
 
 
 def is_ready(pod: Object) -> bool:
@@ -52,6 +55,19 @@ def lacking(pods: list[Object], wanted: Mapping[str, int]) -> str:
         if ready < count:
             parts.append(_said(group, ready, count, [pod for pod in mine if not is_ready(pod)]))
     return "; ".join(parts)
+
+
+def told_elsewhere(pods: list[Object], wanted: Mapping[str, int]) -> tuple[str, str] | None:
+    """Of what a warning of Kubernetes may tell more: kind and name; without name the cluster, whose pods are not made.
+
+    None if the pods tell it themselves.
+    """
+    groups = {group: of_group(pods, group) for group in wanted}
+    if not heads(pods) or any(len(groups[group]) < count for group, count in wanted.items()):
+        return "RayCluster", ""
+    silent = (pod for pod in [*heads(pods), *chain.from_iterable(groups.values())] if why(pod) == "Pending")
+    pod = next(silent, None)
+    return None if pod is None else ("Pod", str(pod["metadata"]["name"]))
 
 
 def why(pod: Object) -> str:

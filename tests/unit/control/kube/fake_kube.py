@@ -53,6 +53,8 @@ class FakeKube:
         self.tokens = {"sesame"}
         self.quota: dict[str, int] = {}
         """Most objects of a resource."""
+        self.denied = ""
+        """Why an admission policy lets no cluster be made."""
         self.objects: dict[tuple[str, str], Object] = {}
         self.lock = threading.RLock()
         self.used: set[tuple[str, str]] = set()
@@ -153,6 +155,8 @@ class FakeKube:
         name = body["metadata"]["name"]
         if (resource, name) in self.objects:
             raise Refusal(409, "AlreadyExists", f'{resource} "{name}" already exists', {"name": name})
+        if self.denied and resource == "ray.io/v1/rayclusters":
+            raise Refusal(403, "Forbidden", self.denied)
         if len(self.of(resource)) >= self.quota.get(resource, 1_000_000):
             raise Refusal(403, "Forbidden", f'{resource} "{name}" is forbidden: exceeded quota: team')
         self._validate(resource, body)

@@ -32,6 +32,10 @@ class Operator:
         """By group: why its containers do not start."""
         self.complaint: tuple[str, str] | None = None
         """Why it makes no pods: reason and message of its warning."""
+        self.most_pods = 1000
+        """A quota of pods, which it meets."""
+        self.unmounted = ""
+        """A group whose volumes cannot be mounted."""
         self.busy: set[str] = set()
         self.chosen_by_itself: list[str] = []
         """Pods that it had to choose for deletion."""
@@ -58,7 +62,7 @@ class Operator:
         if "deletionTimestamp" in cluster["metadata"] or spec.get("suspend"):
             return
         if self.complaint is not None:
-            self._warn(cluster, *self.complaint)
+            self._warn("RayCluster", name, *self.complaint)
             return
         assert len(name) <= 53
         assert spec["authOptions"]["mode"] == "token"
@@ -88,6 +92,9 @@ class Operator:
         labels = {"ray.io/cluster": name, "ray.io/group": group}
         labels["ray.io/node-type"] = "head" if group == "headgroup" else "worker"
         labels |= spec["template"]["metadata"]["labels"]
+        if len(self.kube.of(PODS)) >= self.most_pods:
+            self._warn("RayCluster", name, "FailedToCreateWorkerPod", "pods is forbidden: exceeded quota: team")
+            return
         owner = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "name": name, "uid": cluster["metadata"]["uid"]}
         pod = f"{name}-head" if group == "headgroup" else f"{name}-{group}-worker-{next(self._numbers):05d}"
         metadata = {"name": pod, "labels": labels, "ownerReferences": [owner]}
@@ -102,7 +109,10 @@ class Operator:
                 continue
             waiting = self.waiting.get(group) or ("" if self.token(cluster) else "CreateContainerConfigError")
             pod["status"] = {"phase": "Pending", "conditions": [NO_ROOM]}
-            if placed <= self.nodes and waiting:
+            if group == self.unmounted:
+                pod["status"] = {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]}
+                self._warn("Pod", pod["metadata"]["name"], "FailedMount", "nfs.registry.internal: no answer")
+            elif placed <= self.nodes and waiting:
                 state = {"waiting": {"reason": waiting, "message": "registry.internal/secret-image"}}
                 pod["status"] = {"phase": "Pending", "containerStatuses": [{"name": "ray", "state": state}]}
             elif placed <= self.nodes:
@@ -115,10 +125,9 @@ class Operator:
         secret = self.kube.objects.get((SECRETS, name))
         return base64.b64decode(secret["data"]["auth_token"]).decode() if secret else ""
 
-    def _warn(self, cluster: Object, reason: str, message: str) -> None:
-        name = cluster["metadata"]["name"]
+    def _warn(self, kind: str, name: str, reason: str, message: str) -> None:
         event = {"metadata": {"name": f"{name}.warning"}, "type": "Warning", "reason": reason, "message": message}
-        event["involvedObject"] = {"kind": "RayCluster", "name": name, "namespace": NAMESPACE}
+        event["involvedObject"] = {"kind": kind, "name": name, "namespace": NAMESPACE}
         self.kube.put(EVENTS, event | {"lastTimestamp": "2026-01-01T00:00:00Z"})
 
 

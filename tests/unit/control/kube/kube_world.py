@@ -53,7 +53,13 @@ class KubeWorld:
 
     def launcher(self, **over: Any) -> KubeClusters:
         """A process of the service; every call makes another one."""
-        given = {"template": self.template, "secret": "s" * 64, "owner": "sapo", "network_policy": True}
+        given = {
+            "template": self.template,
+            "secret": "s" * 64,
+            "owner": "sapo",
+            "network_policy": True,
+            "look_every_s": 0.0,
+        }
         options = Options(**given | {"tenant_folders": self.folders} | over)
         clusters = KubeClusters(
             KubeClient(self.kube.url, self.account),

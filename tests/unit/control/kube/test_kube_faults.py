@@ -73,10 +73,23 @@ def test_a_missing_right_is_told_and_starts_nothing(kube: KubeWorld, taken: int)
 def test_a_quota_keeps_a_job_waiting_and_fails_none(kube: KubeWorld) -> None:
     kube.kube.quota = {"ray.io/v1/rayclusters": 0}
     launcher = kube.launcher()
-    with pytest.raises(LauncherUnavailable, match="exceeded quota"):
-        launcher.submit(request())
+    assert waits(launcher) == "a quota of Kubernetes is used up; the job's cluster is made when there is room"
     kube.kube.quota = {}
     start(kube, launcher)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        'admission webhook "validate.policies" denied the request: hostPath volumes are not allowed',
+        "rayclusters is forbidden: ValidatingAdmissionPolicy 'images' with binding 'all' denied request: no latest",
+    ],
+)
+def test_a_policy_of_the_cluster_that_forbids_the_object_is_final(kube: KubeWorld, said: str) -> None:
+    kube.kube.denied = said
+    with pytest.raises(LaunchRefused, match=re.escape(said)) as caught:
+        kube.launcher().submit(request())
+    assert caught.value.told == "the cluster refused to start the driver; the service's log says why"
 
 
 def test_a_deployment_that_is_not_there_is_told(kube: KubeWorld) -> None:

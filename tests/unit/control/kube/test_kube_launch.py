@@ -10,6 +10,7 @@ from fake_operator import SECRETS
 from kube_world import JOB, KubeWorld, documented, request
 
 from sapo_ray.control.kube import KubeClusters
+from sapo_ray.control.kube.making import Options
 from sapo_ray.control.launcher import LauncherUnavailable, LaunchRefused, NotStarted
 
 NAME = f"sapo-{JOB}-1"
@@ -71,7 +72,17 @@ def test_the_schema_of_kuberay_is_asked(kube: KubeWorld) -> None:
         ),
         ({"waiting": {"learner": "ImagePullBackOff"}}, "is being made: learner: 0 of 1 ready, 1 ImagePullBackOff"),
         ({"waiting": {"headgroup": "CrashLoopBackOff"}}, "is being made: head: 0 of 1 ready, 1 CrashLoopBackOff"),
-        ({"complaint": ("FailedToCreateHeadPod", "exceeded quota: team")}, "(FailedToCreateHeadPod)"),
+        ({"complaint": ("InvalidRayClusterSpec", "of registry.internal")}, "(InvalidRayClusterSpec)"),
+        (
+            {"complaint": ("FailedToCreateHeadPod", "exceeded quota: team")},
+            "(FailedToCreateHeadPod: a quota of Kubernetes is used up)",
+        ),
+        (
+            {"most_pods": 3},
+            "verifier: 0 of 1 ready, no pod yet for the others "
+            "(FailedToCreateWorkerPod: a quota of Kubernetes is used up)",
+        ),
+        ({"unmounted": "learner"}, "is being made: learner: 0 of 1 ready, 1 Pending (FailedMount)"),
     ],
 )
 def test_the_tenant_is_told_what_kubernetes_says(kube: KubeWorld, obstacle: dict[str, Any], told: str) -> None:
@@ -83,7 +94,20 @@ def test_the_tenant_is_told_what_kubernetes_says(kube: KubeWorld, obstacle: dict
     reason = waits(launcher)
     assert told in reason
     assert "registry.internal" not in reason
-    assert "quota" not in reason
+    assert "team" not in reason
+
+
+def test_a_cluster_that_is_not_ready_is_looked_at_every_five_seconds(kube: KubeWorld) -> None:
+    launcher = kube.launcher(look_every_s=Options(template=kube.template, secret="s").look_every_s)
+    told = waits(launcher)
+    asked = len(kube.kube.requests)
+    kube.operator.work()
+    kube.ahead = 4.0
+    assert waits(launcher) == told
+    assert len(kube.kube.requests) == asked
+    kube.ahead = 6.0
+    launcher.submit(request())
+    assert kube.heads.submissions == [NAME]
 
 
 def test_a_suspended_cluster_waits_without_a_deadline_and_has_all_of_it_afterwards(kube: KubeWorld) -> None:

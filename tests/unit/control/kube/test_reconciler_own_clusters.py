@@ -222,6 +222,38 @@ def test_one_jobs_head_that_does_not_answer_is_nobody_elses_trouble(kube: KubeWo
     assert kube.heads.submissions == [cluster(deaf), cluster(job)]
 
 
+def test_a_quota_that_is_used_up_is_a_queue_and_keeps_no_other_job_waiting(kube: KubeWorld, service: Service) -> None:
+    kube.kube.quota = {"ray.io/v1/rayclusters": 1}
+    running, waiting = service.running(), service.submit()
+    service.tick(2)
+    assert service.conditions(waiting) == {
+        "ClusterPending": "a quota of Kubernetes is used up; the job's cluster is made when there is room"
+    }
+    assert service.conditions(running) == {}
+    service.says(running, kind="transition", state="succeeded", reason="done")
+    kube.heads.become(cluster(running), "SUCCEEDED")
+    service.tick(3)
+    assert list(kube.clusters()) == [cluster(waiting)]
+
+
+@pytest.mark.parametrize("code", [403, 500, 503])
+def test_a_cluster_that_kubernetes_does_not_let_be_made_is_one_jobs_trouble_and_ended_ones_go(
+    kube: KubeWorld, service: Service, code: int
+) -> None:
+    running = service.running()
+    kube.kube.fault = lambda method, path: code if method == "POST" and "rayclusters" in path else None
+    refused = service.submit()
+    service.says(running, kind="transition", state="succeeded", reason="done")
+    kube.heads.become(cluster(running), "SUCCEEDED")
+    service.tick(3)
+    assert service.conditions(refused) == {"LauncherUnavailable": "the cluster cannot be reached"}
+    assert service.row(running).state == "succeeded"
+    assert kube.clusters() == {}
+    kube.kube.fault = lambda method, path: None
+    service.tick()
+    assert list(kube.clusters()) == [cluster(refused)]
+
+
 def test_a_kubernetes_api_that_is_away_loses_nothing(kube: KubeWorld, service: Service) -> None:
     job = service.running()
     kube.kube.fault = lambda method, path: "lost"
