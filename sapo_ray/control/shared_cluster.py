@@ -36,7 +36,7 @@ def apply(api: KubeClient, manifest: Manifest, owner: str) -> Outcome:
 
     `owner` is the ConfigMap in the manifest's namespace with which the cluster goes.
 
-    Raises ResourceError: somebody else wrote at each of TRIES tries; and what KubeClient raises.
+    Raises ResourceError: it is being deleted, or somebody else wrote at each of TRIES tries; what KubeClient raises.
     """
     for _ in range(TRIES):
         with suppress(Conflict):
@@ -47,29 +47,35 @@ def apply(api: KubeClient, manifest: Manifest, owner: str) -> Outcome:
 
 def _tried(api: KubeClient, manifest: Manifest, owner: str) -> Outcome:
     """Raises Conflict: somebody else was quicker."""
-    name = manifest["metadata"]["name"]
+    name, owners = manifest["metadata"]["name"], [_owner(api, owner)]
     live = api.get(RAYCLUSTERS, name)
     if live is None:
         body = stamped(manifest)
-        body["metadata"]["ownerReferences"] = [_owner(api, owner)]
+        body["metadata"]["ownerReferences"] = owners
         api.create(RAYCLUSTERS, body)
         return "created"
-    if live["metadata"].get("annotations", {}).get(WRITTEN) == fingerprint(manifest):
+    meta = live["metadata"]
+    if "deletionTimestamp" in meta:
+        raise ResourceError(f"RayCluster {name} is being deleted, and can be made anew once it is gone; try again")
+    # That of an earlier release goes at any moment with the ConfigMap that it belonged to, unless it gets this one.
+    owned = {one.get("uid") for one in meta.get("ownerReferences", [])} == {owners[0]["uid"]}
+    if owned and meta.get("annotations", {}).get(WRITTEN) == fingerprint(manifest):
         return "unchanged"
-    if api.replace(RAYCLUSTERS, name, merged(stamped(manifest), live)) is None:
+    if api.replace(RAYCLUSTERS, name, merged(stamped(manifest), live, owners)) is None:
         raise Conflict(f"RayCluster {name} was deleted meanwhile")
     return "changed"
 
 
-def merged(manifest: Manifest, live: Mapping[str, Any]) -> Manifest:
-    """The manifest with what others decided: sizes of groups that scale themselves, suspension, owners, finalizers."""
+def merged(manifest: Manifest, live: Mapping[str, Any], owners: list[dict[str, str]]) -> Manifest:
+    """The manifest with what others decided: sizes of groups that scale themselves, suspension, finalizers."""
     body = copy.deepcopy(manifest)
     meta, was = body["metadata"], live["metadata"]
     for key in ("labels", "annotations"):
         meta[key] = {**was.get(key, {}), **meta.get(key, {})}
-    for key in ("resourceVersion", "uid", "ownerReferences", "finalizers"):
+    for key in ("resourceVersion", "uid", "finalizers"):
         if key in was:
             meta[key] = was[key]
+    meta["ownerReferences"] = owners
     spec, stood = body["spec"], live["spec"]
     if "suspend" in stood:  # Kueue's
         spec["suspend"] = stood["suspend"]

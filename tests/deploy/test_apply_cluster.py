@@ -140,12 +140,36 @@ def test_groups_that_are_gone_go_and_suspension_and_finalizers_stay() -> None:
     live["spec"]["suspend"] = True
     live["metadata"] |= {"finalizers": ["ray.io/gcs-ft-redis-cleanup-finalizer"], "resourceVersion": "7", "uid": "u"}
     live["metadata"]["annotations"] = {"somebody/else": "x"}
-    body = merged(ray_cluster(render()), live)
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OWNER, "uid": "o"}
+    body = merged(ray_cluster(render()), live, [owner])
     assert [group["groupName"] for group in body["spec"]["workerGroupSpecs"]] == ["learner", "rollout", "verifier"]
     assert body["spec"]["suspend"] is True
     assert body["metadata"]["finalizers"] == ["ray.io/gcs-ft-redis-cleanup-finalizer"]
     assert body["metadata"]["annotations"] == {"somebody/else": "x"}
     assert body["metadata"]["resourceVersion"] == "7"
+    assert body["metadata"]["ownerReferences"] == [owner]
+
+
+def test_a_cluster_that_an_uninstalled_release_left_does_not_go_with_it(kube: Kubernetes) -> None:
+    bring()
+    left = kube.get("RayCluster", CLUSTER)
+    kube.do("admin", "delete", "configmaps", "rl", OWNER)
+    kube.install([one for one in render() if one["kind"] == "ConfigMap"])  # installed anew, of the same values
+    kube.do("admin", "create", "rayclusters", "rl", "", body=left)  # the collector has not come to it yet
+    assert bring() == "changed"
+    (owner,) = kube.get("RayCluster", CLUSTER)["metadata"]["ownerReferences"]
+    assert owner["uid"] == kube.get("ConfigMap", OWNER)["metadata"]["uid"]
+    assert bring() == "unchanged"
+
+
+def test_a_cluster_that_is_being_deleted_is_not_taken_for_one_that_is_there(kube: Kubernetes) -> None:
+    bring()
+    going = {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["ray.io/gcs-ft-redis-cleanup-finalizer"]}
+    kube.change("RayCluster", CLUSTER, lambda cluster: cluster["metadata"].update(going))
+    with pytest.raises(ResourceError, match=f"{CLUSTER} is being deleted, .*try again"):
+        bring()
+    kube.do("admin", "delete", "rayclusters", "rl", CLUSTER)
+    assert bring() == "created"
 
 
 def test_the_service_may_touch_no_other_cluster(kube: Kubernetes) -> None:
