@@ -51,8 +51,8 @@ class Asked:
     """Of the other end."""
 
 
-def look_at_node(asked: Asked, where: str, gpus: int, there: dict[str, str]) -> list[Finding]:
-    """All that a node can tell of itself."""
+def look_at_node(asked: Asked, where: str, gpus: int, store: int, there: dict[str, str]) -> list[Finding]:
+    """All that a node can tell of itself. `gpus` and `store`, bytes for objects: what Ray believes that it has."""
     found = []
     if "versions" in asked.checks:
         found.append(compare(there, versions_here(), "the head", where))
@@ -60,7 +60,7 @@ def look_at_node(asked: Asked, where: str, gpus: int, there: dict[str, str]) -> 
         wrong = check_marker(Path(asked.marker), asked.text, where) if asked.marker else None
         found.append(wrong or check_storage(Path(asked.data_dir), asked.min_free_gb, where))
     if "shm" in asked.checks:
-        found.append(check_shm(where))
+        found.append(check_shm(where, store=store))
     if "gpu" in asked.checks:
         found.append(check_gpu(gpus, where))
     return found
@@ -96,9 +96,9 @@ def look(asked: Asked) -> list[Finding]:
     pending = {}
     for node in nodes:
         where = f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"
-        gpus = int(node["Resources"].get("GPU", 0))
+        gpus, store = (int(node["Resources"].get(name, 0)) for name in ("GPU", "object_store_memory"))
         task = ray.remote(look_at_node).options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node["NodeID"]))
-        pending[where] = (task.remote(asked, where, gpus, versions_here()), node["NodeID"])
+        pending[where] = (task.remote(asked, where, gpus, store, versions_here()), node["NodeID"])
     deadline = time.monotonic() + NODE_S
     for where, (reference, node_id) in pending.items():
         found += _of_node(reference, where, node_id, asked.checks, deadline)

@@ -21,8 +21,8 @@ LEAST_DRIVER = {12: 525, 13: 580}
 """Driver branch by CUDA's major version (NVIDIA, CUDA compatibility, minor version compatibility)."""
 
 
-def check_shm(where: str = "here", folder: str = "/dev/shm") -> Finding:
-    """Size of the shared memory."""
+def check_shm(where: str = "here", folder: str = "/dev/shm", store: int | None = None) -> Finding:
+    """Size of the shared memory. `store`: bytes of the object store that a Ray has there; None where none runs yet."""
     remedy = "docker: --shm-size=8g; Kubernetes: an emptyDir with medium Memory and a sizeLimit, mounted at /dev/shm"
     try:
         found = os.statvfs(folder)
@@ -30,9 +30,16 @@ def check_shm(where: str = "here", folder: str = "/dev/shm") -> Finding:
         return Finding(check="shm", status="failed", detail=f"{folder}: {error.strerror}", remedy=remedy, where=where)
     total, free = found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail
     detail = f"{folder} has {total >> 20} MiB, {free >> 20} MiB free"
-    if free < LEAST_SHM:
+    if (free if store is None else total) < LEAST_SHM:
         detail += f"; at least {LEAST_SHM >> 20} MiB must be"
         return Finding(check="shm", status="failed", detail=detail, remedy=remedy, where=where)
+    if store is not None:
+        if store <= total:
+            detail += f"; Ray's objects may take {store >> 20} MiB"
+            return Finding(check="shm", status="ok", detail=detail, where=where)
+        detail += f"; Ray's objects may take {store >> 20} MiB, more than there is, so that they lie on disk"
+        remedy += ", or a smaller --object-store-memory of `ray start`"
+        return Finding(check="shm", status="warning", detail=detail, remedy=remedy, where=where)
     memory = memory_bytes()
     if total < SHARE_OF_MEMORY * memory:
         detail += f"; that is less than three tenths of the memory ({memory >> 20} MiB), so Ray may spill to disk"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from chart_rendering import (
 from sapo_ray.config.sections import VerifierSpec
 from sapo_ray.control.settings import Settings, load_settings
 from sapo_ray.doctor import cluster as doctor_cluster
+from sapo_ray.doctor.machine import check_shm
 
 CASES: dict[str, Object] = {
     "defaults": {},
@@ -77,6 +80,44 @@ def test_rays_autoscaler_reads_from_the_cluster_what_the_values_say() -> None:
     assert (learner["max_workers"], learner["resources"]["GPU"], learner["resources"]["CPU"]) == (2, 8, 96)
     assert (verifier["min_workers"], verifier["max_workers"]) == (2, 16)
     assert verifier["resources"] == {"CPU": 16, "memory": 32 * 2**30}
+
+
+@pytest.mark.parametrize("name", WITH_RAY)
+def test_ray_keeps_its_objects_in_shared_memory_and_the_doctor_finds_nothing_to_say(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ray's own choice of a place, which is a folder on disk where the object store does not fit into /dev/shm."""
+    from ray._private import services
+
+    spec = ray_cluster(render(CASES[name]))["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (shm,) = [one["emptyDir"]["sizeLimit"] for one in pod["volumes"] if one["name"] == "shm"]
+        size = int(shm.removesuffix("Gi")) << 30
+        memory = int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+        store = int(group["rayStartParams"]["object-store-memory"])
+        monkeypatch.setattr("ray._private.utils.get_shared_memory_bytes", lambda size=size: size)
+        monkeypatch.setattr("ray._common.utils.get_system_memory", lambda memory=memory: memory)
+        place, _, given = services.determine_plasma_store_config(store, "/tmp/ray", None, None)
+        assert (place, given) == ("/dev/shm", store)
+        monkeypatch.setattr(os, "statvfs", lambda _, size=size: SimpleNamespace(f_frsize=1, f_blocks=size, f_bavail=0))
+        assert check_shm("node", store=store).status == "ok"
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("shm", "store"),
+    [
+        ("5Gi", 4294967296),
+        ("1.5G", 1200000000),
+        ("2048Mi", 1717986918),
+        (4294967296, 3435973836),
+        ("3000000k", 2400000000),
+    ],
+)
+def test_the_object_store_is_eight_tenths_of_any_amount_of_shared_memory(shm: str | int, store: int) -> None:
+    spec = ray_cluster(render({"ray": {"head": {"shm": shm}}}))["spec"]
+    assert spec["headGroupSpec"]["rayStartParams"]["object-store-memory"] == str(store)
 
 
 @pytest.mark.parametrize("name", CASES)

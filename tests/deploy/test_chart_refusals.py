@@ -97,6 +97,10 @@ CHECKS: dict[str, tuple[Object, tuple[str, ...]]] = {
         {"ray": {"groups": {"verifier": {"min": 0}}}},
         ("ray.groups.verifier.min: is 0", "120 s", "set min to 1"),
     ),
+    "shared memory that fills the memory": (
+        {"ray": {"head": {"shm": "16Gi"}, "groups": {"verifier": {"shm": 9000000000}}}},
+        ("ray.head.shm: is 16Gi", "ray.groups.verifier.shm: is", "three tenths of ray.groups.verifier.memory"),
+    ),
     "a Ray without tokens": ({"ray": {"version": "2.51.0"}}, ("ray.version: 2.51.0", "ray.auth.enabled=false")),
     "a secret of the operator's name": (
         {"ray": {"auth": {"existingSecret": "demo-sapo-ray-cluster"}}},

@@ -98,3 +98,20 @@ def test_images_from_elsewhere_are_pinned_by_digest_and_ours_have_a_dockerfile()
         else:
             assert re.search(r"@sha256:[0-9a-f]{64}\}$", one["image"]), name
     assert (ROOT / compose("compose.gpu.yaml")["services"]["ray"]["build"]["dockerfile"]).exists()
+
+
+@pytest.mark.parametrize("memory_gb", [4, 16, 64, 2000])
+def test_ray_keeps_its_objects_in_shared_memory_on_a_machine_of_any_size(
+    memory_gb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ray's own choice of size and place, which is a folder on disk where it does not fit."""
+    from ray._private import services, utils
+
+    ray = compose()["services"]["ray"]
+    assert not [word for word in ray["command"] if "object-store" in word]
+    default = re.fullmatch(r"\$\{RAY_SHM:-(\d+)g\}", ray["shm_size"])
+    assert default is not None
+    monkeypatch.setattr("ray._private.utils.get_shared_memory_bytes", lambda: int(default[1]) << 30)
+    monkeypatch.setattr("ray._common.utils.get_system_memory", lambda: memory_gb * 10**9)
+    store = utils.resolve_object_store_memory(memory_gb * 10**9)
+    assert services.determine_plasma_store_config(store, "/tmp/ray", None, None)[0] == "/dev/shm"

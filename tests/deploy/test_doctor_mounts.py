@@ -78,7 +78,7 @@ def test_a_node_with_a_volume_of_its_own_in_the_place_of_the_shared_one_fails(tm
         )
         look = (
             "import json, sys; from dataclasses import asdict; from sapo_ray.doctor import inside;"
-            "found = inside.look_at_node(inside.Asked(**json.loads(sys.argv[1])), 'node b', 0, {});"
+            "found = inside.look_at_node(inside.Asked(**json.loads(sys.argv[1])), 'node b', 0, 0, {});"
             "print(json.dumps({'findings': [asdict(one) for one in found]}))"
         )
         own = shlex.join([sys.executable, "-c", look, json.dumps(asdict(asked))])
@@ -103,6 +103,30 @@ def test_shared_memory_that_is_small_beside_the_memory_is_a_warning(tmp_path: Pa
         pytest.skip("this machine's memory is so small that 1100 MiB are enough")
     code, found = mounted(tmp_path, "mount -t tmpfs -o size=1100m none /dev/shm", "--only", "shm")
     assert (code, found["status"]) == (0, "warning")
+
+
+@pytest.mark.parametrize(
+    ("size", "store", "status", "said"),
+    [
+        (64, 19, "failed", "/dev/shm has 64 MiB, 64 MiB free; at least 1024 MiB must be"),
+        (1024, 819, "ok", "Ray's objects may take 819 MiB"),
+        (2048, 4096, "warning", "Ray's objects may take 4096 MiB, more than there is, so that they lie on disk"),
+    ],
+)
+def test_on_a_node_of_ray_its_object_store_must_fit(
+    tmp_path: Path, size: int, store: int, status: str, said: str
+) -> None:
+    """However much of it is in use: jobs may run."""
+    look = (
+        "import json; from dataclasses import asdict; from sapo_ray.doctor.machine import check_shm;"
+        f"print(json.dumps({{'findings': [asdict(check_shm('node b', store={store} << 20))]}}))"
+    )
+    mount = f"mount -t tmpfs -o size={size}m none /dev/shm"
+    if status == "ok":
+        mount += " && head -c 500M /dev/zero > /dev/shm/used"
+    _, found = finding(tmp_path, mount, shlex.join([sys.executable, "-c", look]))
+    assert (found["status"], found["where"]) == (status, "node b")
+    assert said in found["detail"]
 
 
 def test_a_folder_of_somebody_elses_fails_with_the_users_number(tmp_path: Path) -> None:

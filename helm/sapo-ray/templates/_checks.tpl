@@ -87,8 +87,10 @@
 {{- $found := list -}}
 {{- $most := dict "rollout" 0 "learner" 0 "verifier" 0 -}}
 {{- $least := 0 -}}
+{{- $pods := dict -}}
 {{- range $name, $group := (fromYaml (include "sapo-ray.groups" .)).groups -}}
 {{- $key := printf "ray.groups.%s" $name -}}
+{{- $_ := set $pods $key $group -}}
 {{- if not $group.role -}}
 {{- $found = append $found (printf "%s.role: is missing; set rollout, learner or verifier" $key) -}}
 {{- else -}}
@@ -104,6 +106,11 @@
 {{- if and (eq $v.ray.accelerator "cpu") (gt (int $group.gpus) 0) -}}
 {{- $found = append $found (printf "%s.gpus: is %d, but with ray.accelerator=cpu nothing would use them; set it to 0, or ray.accelerator=gpu" $key (int $group.gpus)) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $key, $pod := merge (dict "ray.head" $v.ray.head) $pods -}}
+{{- if ge (include "sapo-ray.bytes" $pod.shm | float64) (include "sapo-ray.bytes" $pod.memory | float64) -}}
+{{- $found = append $found (printf "%s.shm: is %v, and shared memory counts in with the memory, %v; set it to about three tenths of %s.memory" $key $pod.shm $pod.memory $key) -}}
 {{- end -}}
 {{- end -}}
 {{- range $role, $size := $most -}}

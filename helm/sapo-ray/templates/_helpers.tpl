@@ -207,3 +207,16 @@ readOnly: true
 {{- end -}}
 {{- toYaml (dict "groups" $groups) -}}
 {{- end -}}
+
+{{/* Bytes of a Kubernetes quantity, as a string. */}}
+{{- define "sapo-ray.bytes" -}}
+{{- $unit := regexFind "[A-Za-z]*$" (toString .) -}}
+{{- $power := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976 -}}
+{{- mulf (trimSuffix $unit (toString .) | float64) (get $power $unit | float64) | int64 -}}
+{{- end -}}
+
+{{/* What Ray's object store takes of a pod's /dev/shm. Left to itself Ray takes three tenths of the memory, and where
+     that is more than there is shared memory, it puts all objects on disk. */}}
+{{- define "sapo-ray.objectStore" -}}
+{{- mulf (include "sapo-ray.bytes" .shm | float64) 0.8 | int64 -}}
+{{- end -}}

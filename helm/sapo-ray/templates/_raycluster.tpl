@@ -69,6 +69,7 @@ spec:
     rayStartParams:
       num-cpus: "0"
       dashboard-host: "0.0.0.0"
+      object-store-memory: {{ include "sapo-ray.objectStore" $v.ray.head | quote }}
     template:
       {{- include "sapo-ray.rayPod" (dict "root" . "pod" $v.ray.head "name" "head" "head" true) | nindent 6 }}
   workerGroupSpecs:
@@ -88,7 +89,8 @@ spec:
       {{- end }}
       labels:
         sapo-ray.io/role: {{ $group.role }}
-      rayStartParams: {}
+      rayStartParams:
+        object-store-memory: {{ include "sapo-ray.objectStore" $group | quote }}
       template:
         {{- include "sapo-ray.rayPod" (dict "root" $ "pod" $group "name" $name "head" false) | nindent 8 }}
     {{- end }}
