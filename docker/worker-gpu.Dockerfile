@@ -43,7 +43,7 @@ RUN groupadd --gid 10001 sapo \
 COPY --from=build /opt/venv /opt/venv
 # KubeRay starts Ray in a login shell, which would forget PATH.
 COPY docker/profile.sh /etc/profile.d/sapo-ray.sh
-# Whoever reaches a Ray without a token can run code in it.
+# Whoever reaches a Ray without a token can run code in it. Which GPUs a container sees is Kubernetes' and Docker's to say.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/sapo \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -51,7 +51,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     CUDA_HOME=/opt/venv/lib/python3.11/site-packages/nvidia/cu13 \
-    NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     SAPO_ACCELERATOR=gpu
 USER 10001:10001

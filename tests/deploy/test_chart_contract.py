@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -253,6 +254,46 @@ def test_drivers_learn_of_node_roles_on_the_head() -> None:
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     roles = {group["groupName"]: group["labels"]["sapo-ray.io/role"] for group in spec["workerGroupSpecs"]}
     assert roles == {"rollout": "rollout", "learner": "learner", "verifier": "verifier"}
+
+
+def test_a_cluster_without_tokens_overrules_its_images_which_want_one() -> None:
+    def modes(values: Object) -> list[Any]:
+        spec = ray_cluster(render(values))["spec"]
+        pods = [one["template"]["spec"]["containers"][0] for one in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+        return [environment(one).get("RAY_AUTH_MODE") for one in (*pods, spec["autoscalerOptions"])]
+
+    assert modes(FEATURES["no_token"]) == ["disabled"] * 5
+    assert modes({}) == [None] * 5
+
+
+def test_a_pod_without_gpus_sees_none_whatever_the_nodes_runtime_is() -> None:
+    spec = ray_cluster(render(example("node-8gpu")))["spec"]
+    seen = {
+        one.get("groupName", "head"): environment(one["template"]["spec"]["containers"][0]).get(
+            "NVIDIA_VISIBLE_DEVICES"
+        )
+        for one in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    }
+    assert seen == {"head": "void", "verifier": "void", "rollout": None, "learner": None}
+
+
+def test_a_user_that_the_image_does_not_know_has_a_name_and_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a line in /etc/passwd, as with podSecurity.runAsUser; torch and vLLM ask for both."""
+    spec = ray_cluster(render({"podSecurity": {"runAsUser": 4711}}))["spec"]
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(KeyError):
+        getpass.getuser()
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        for name, value in environment(group["template"]["spec"]["containers"][0]).items():
+            if name in ("USER", "HOME"):
+                monkeypatch.setenv(name, value)
+        assert (getpass.getuser(), os.path.expanduser("~")) == ("sapo", "/tmp")
 
 
 def test_a_verifier_of_the_default_job_fits_a_node_of_every_example() -> None:

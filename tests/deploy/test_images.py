@@ -164,3 +164,10 @@ def test_a_worker_finds_its_python_in_a_login_shell_and_wants_a_token(image: str
     assert done.stdout.strip() == "/opt/venv/bin:/usr/local/bin:/usr/bin:/bin"
     assert "RAY_AUTH_MODE=token" in dict(final)["ENV"]
     assert " wget" in " ".join(rest for name, rest in final if name == "RUN")
+
+
+def test_the_gpu_image_asks_for_no_gpu_by_itself() -> None:
+    """Kubernetes' device plugin and Docker name a container's GPUs; with `all`, a pod without any would see each."""
+    environment = dict(stages("worker-gpu")[-1])["ENV"]
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in environment

@@ -40,6 +40,7 @@ spec:
     env:
       - name: HOME
         value: /tmp
+      {{- include "sapo-ray.noToken" . | nindent 6 }}
     volumeMounts:
       - name: tmp
         mountPath: /tmp
@@ -126,6 +127,15 @@ spec:
       env:
         - name: HOME
           value: /tmp
+        # For podSecurity.runAsUser that the image does not know: torch and vLLM name folders after the user.
+        - name: USER
+          value: sapo
+        {{- include "sapo-ray.noToken" .root | nindent 8 }}
+        {{- if and (eq $v.ray.accelerator "gpu") (not .pod.gpus) }}
+        # Where NVIDIA's runtime is the node's default, an image may ask for all GPUs, and Ray would count them here.
+        - name: NVIDIA_VISIBLE_DEVICES
+          value: void
+        {{- end }}
         - name: HF_HOME
           value: {{ $v.storage.mountPath }}/cache/{{ ternary "$(SAPO_TENANT)/" "" (eq $v.ray.mode "perJob") }}huggingface
         - name: RAY_USAGE_STATS_ENABLED
@@ -175,4 +185,12 @@ spec:
     {{- if and .head (include "sapo-ray.autoscales" .root) }}
     - {{- include "sapo-ray.accountVolume" .root | nindent 6 }}
     {{- end }}
+{{- end -}}
+
+{{/* The images want a token, and KubeRay takes nothing back of that. */}}
+{{- define "sapo-ray.noToken" -}}
+{{- if not .Values.ray.auth.enabled }}
+- name: RAY_AUTH_MODE
+  value: disabled
+{{- end }}
 {{- end -}}
