@@ -248,7 +248,10 @@ FEATURES: dict[str, Object] = {
     "no_policies": {"networkPolicy": {"enabled": False}},
     "no_budgets": {"podDisruptionBudget": {"enabled": False}},
     "names": {"nameOverride": "trainer", "fullnameOverride": "a-name-of-just-thirty-six-characters"},
-    "load_balancer": {"control": {"service": {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}}}},
+    "load_balancer": {
+        "control": {"service": {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}}},
+        "networkPolicy": {"apiFrom": [{"ipBlock": {"cidr": "203.0.113.0/24"}}]},
+    },
 }
 """What may be switched on, or off, each by itself."""
 CONTRADICTIONS = {

@@ -98,6 +98,34 @@ def test_a_database_that_is_named_is_the_only_one() -> None:
     assert not passes(policies, pods["control"], STRANGER, 5432)
 
 
+@pytest.mark.parametrize(("address", "port", "reached"), [("redis.db:6380", 0, 6380), ("redis.db:6380", 6379, 6379)])
+def test_redis_is_reached_at_the_port_of_its_address_unless_its_pods_have_another(
+    address: str, port: int, reached: int
+) -> None:
+    values = {"ray": {"gcsFaultTolerance": {"redisAddress": address}}, "networkPolicy": {"redis": {"port": port}}}
+    policies, pods = places(overlaid(FEATURES["redis"], values))
+    assert [one for one in (6379, 6380) if passes(policies, pods["head"], POSTGRES, one)] == [reached]
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [("http://head.ray.svc:8265", 8265), ("https://ray.example.com", 443), ("http://10.9.0.1/ray", 80)],
+)
+def test_a_cluster_of_ones_own_is_reached_at_its_port_by_the_service_and_its_test(url: str, port: int) -> None:
+    objects = render({"ray": {"mode": "external", "external": {"jobsUrl": url}}})
+    policies = [thing for thing in objects if thing["kind"] == "NetworkPolicy"]
+    for pod in (one(objects, "Deployment")["spec"]["template"], one(objects, "Pod")):
+        place = Place(name="own", labels=pod["metadata"]["labels"])
+        assert [one for one in (22, 80, 443, 8265) if passes(policies, place, POSTGRES, one)] == [port]
+
+
+def test_dns_may_have_another_port() -> None:
+    policies, pods = places({"networkPolicy": {"dnsPorts": [5353]}})
+    for protocol in ("UDP", "TCP"):
+        reached = [one for one in (53, 5353) if passes(policies, pods["rollout"], DNS, one, protocol)]
+        assert reached == [5353]
+
+
 def test_an_ingress_controller_is_let_in_where_there_is_an_ingress() -> None:
     where = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}}}]
     without, pods = places({"networkPolicy": {"ingressFrom": where}})

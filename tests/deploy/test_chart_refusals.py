@@ -171,6 +171,10 @@ CHECKS: dict[str, tuple[Object, tuple[str, ...]]] = {
         {"control": {"ingress": {"enabled": True, "host": "a.example.com"}}},
         ("networkPolicy.ingressFrom: is empty", "namespaceSelector"),
     ),
+    "a load balancer that reaches nothing": (
+        {"control": {"service": {"type": "LoadBalancer"}}},
+        ("networkPolicy.apiFrom: lets in pods of this namespace alone", "LoadBalancer", "ipBlock"),
+    ),
     "a ServiceMonitor of nothing": (
         {"monitoring": {"metrics": False, "serviceMonitor": {"enabled": True}}},
         ("monitoring.metrics: is false",),

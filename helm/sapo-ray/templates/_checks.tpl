@@ -37,6 +37,13 @@
 {{- if and $v.control.ingress.enabled $v.networkPolicy.enabled (not $v.networkPolicy.ingressFrom) -}}
 {{- $found = append $found "networkPolicy.ingressFrom: is empty, so the Ingress could reach nothing; set it to the controller's pods, e.g. [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ingress-nginx}}}]" -}}
 {{- end -}}
+{{- if and (ne $v.control.service.type "ClusterIP") $v.networkPolicy.enabled -}}
+{{- $outside := false -}}
+{{- range $v.networkPolicy.apiFrom -}}{{- if or .ipBlock .namespaceSelector -}}{{- $outside = true -}}{{- end -}}{{- end -}}
+{{- if not $outside -}}
+{{- $found = append $found (printf "networkPolicy.apiFrom: lets in pods of this namespace alone, so a Service of type %s would reach nothing; add whom it is for, e.g. {ipBlock: {cidr: 203.0.113.0/24}}" $v.control.service.type) -}}
+{{- end -}}
+{{- end -}}
 {{- if and $v.monitoring.serviceMonitor.enabled (not $v.monitoring.metrics) -}}
 {{- $found = append $found "monitoring.metrics: is false, so the ServiceMonitor would find nothing; set it to true, or monitoring.serviceMonitor.enabled=false" -}}
 {{- end -}}
