@@ -59,13 +59,13 @@ async def grade_rows(
         raise ConfigError(f"{out_path} is a folder; name the file that the graded rows are to be written to")
     for _ in _rows(in_path):
         pass
-    processes = GradingProcesses(spec)
-    await processes.start()
-    try:
-        with _written_whole(out_path) as out:
+    with _written_whole(out_path) as out:
+        processes = GradingProcesses(spec)
+        await processes.start()
+        try:
             return await _grade_all(in_path, out, processes, progress)
-    finally:
-        await processes.close()
+        finally:
+            await processes.close()
 
 
 async def _grade_all(

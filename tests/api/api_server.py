@@ -1,6 +1,7 @@
 """A service as a process of its own, with a cluster that is only said to be there.
 
-`python tests/api/api_server.py DATA_DIR DATABASE_URL` prints its port and serves until it is ended.
+`python tests/api/api_server.py DATA_DIR DATABASE_URL PORT` serves until it is ended. With API_SERVER_PATIENCE_S it
+waits so long, instead of half a minute, for a head or a body.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
+PLAIN: Any = {"trust_env": False, "verify": False}
+"""For clients of httpx: no proxy, and no certificates, which take longer to load than a request takes."""
 ADMIN_KEY = "sapo_the-operators-own-key-of-this-test"
 
 
@@ -57,6 +60,7 @@ class ServerProcess:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
+        self.database_url = database_url
         self._arguments = [str(data_dir), database_url, str(self._port)]
         self._environment = {**os.environ, "SAPO_ADMIN_KEY": ADMIN_KEY, **environment}
         self._log = data_dir / "server.log"
@@ -85,7 +89,7 @@ class ServerProcess:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
-                httpx.get(f"{self.url}/healthz", timeout=5, trust_env=False)
+                httpx.get(f"{self.url}/healthz", timeout=5, **PLAIN)
                 return
             except httpx.TransportError:
                 assert self._process.poll() is None, self.log
@@ -103,13 +107,14 @@ class ServerProcess:
 def _serve(data_dir: str, database_url: str, port: str) -> None:
     import uvicorn
 
-    from sapo_ray.control import logs
+    from sapo_ray.control import edge, http, logs
     from sapo_ray.control.access import first_admin_key
     from sapo_ray.control.app import create_app
     from sapo_ray.control.http import configured
     from sapo_ray.control.settings import load_settings
     from sapo_ray.control.store import Store
 
+    http.HEAD_S = edge.BODY_S = float(os.environ.get("API_SERVER_PATIENCE_S", http.HEAD_S))
     settings = load_settings(data_dir=data_dir, database_url=database_url, rate_per_s=0)
     logs.configure(settings.log_level)
     store = Store(settings.database_url)

@@ -12,7 +12,7 @@ import threading
 import time
 
 import uvicorn
-from client_server import NoCluster
+from api_server import FakeCluster
 
 from sapo_ray.control.access import first_admin_key
 from sapo_ray.control.app import create_app
@@ -81,7 +81,7 @@ def main() -> None:
     store.migrate()
     first_admin_key(store, settings)
     threading.Thread(target=drive, args=(store, options.story), daemon=True).start()
-    uvicorn.run(create_app(settings, store, NoCluster()), port=options.port, timeout_graceful_shutdown=1)
+    uvicorn.run(create_app(settings, store, FakeCluster()), port=options.port, timeout_graceful_shutdown=1)
 
 
 if __name__ == "__main__":

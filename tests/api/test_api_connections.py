@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from api_server import ADMIN_KEY, ServerProcess
+
+from sapo_ray.control import edge, http
 
 POST = (
     f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN_KEY}\r\n"
@@ -16,10 +17,16 @@ POST = (
 ).encode()
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path, f"sqlite:///{tmp_path / 'control.db'}", SAPO_LOG_LEVEL="debug") as server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("server")
+    patience = {"API_SERVER_PATIENCE_S": "3"}
+    with ServerProcess(folder, f"sqlite:///{folder / 'control.db'}", SAPO_LOG_LEVEL="debug", **patience) as server:
         yield server
+
+
+def test_a_head_and_the_next_part_of_a_body_are_waited_for_half_a_minute() -> None:
+    assert (http.HEAD_S, edge.BODY_S) == (30, 30)
 
 
 def connected(server: ServerProcess) -> socket.socket:
@@ -38,13 +45,14 @@ def test_a_head_without_end_is_refused_and_stalled_heads_and_bodies_are_ended(se
             answer += part
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b'"code": "stalled"' in answer
+        assert b"nothing more of the body came for 3 s" in answer
         assert (half.recv(100), silent.recv(100)) == (b"", b"")
 
 
 def test_a_client_that_hangs_up_is_no_error(server: ServerProcess) -> None:
     with connected(server) as client:
         client.sendall(POST)
-        time.sleep(0.5)
+        time.sleep(0.2)
     end = time.monotonic() + 30
     while "client_gone" not in server.log:
         assert time.monotonic() < end

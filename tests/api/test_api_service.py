@@ -18,7 +18,7 @@ import httpx
 import pytest
 import structlog
 from api_parts import QUICKSTART, Connect, deliver, problem, started, submitted
-from api_server import ADMIN_KEY, FakeCluster
+from api_server import ADMIN_KEY, PLAIN, FakeCluster
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
@@ -141,7 +141,7 @@ def test_metrics_have_a_port_of_their_own_if_the_operator_gives_one(connect: Con
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     submitted(connect(metrics_port=port))
-    answer = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+    answer = httpx.get(f"http://127.0.0.1:{port}/metrics", **PLAIN)
     assert 'sapo_jobs{ended="no",state="queued"} 1.0' in answer.text
 
 

@@ -4,83 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from api_server import ADMIN_KEY, PLAIN, ServerProcess
 
 from sapo_ray import client as api
 from sapo_ray.client import Client
 from sapo_ray.client.retry import Backoff
-from sapo_ray.control.settings import Settings
 from sapo_ray.control.store import Store, attempts, jobs
 
 pytestmark = pytest.mark.slow
 
-KEY = "sapo_" + "a" * 43
 STARTS_WITHIN_S = 60.0
 SPEC = {"preset": "quickstart", "steps": 40}
 
 
-@dataclass
-class Process:
-    """The service; `kill` and `start` as often as a test wants."""
-
-    data_dir: Path
-    port: int
-    running: subprocess.Popen[bytes] | None = field(default=None)
-
-    def start(self) -> None:
-        script = str(Path(__file__).with_name("client_server.py"))
-        log = (self.data_dir.parent / "serve.log").open("ab")
-        self.running = subprocess.Popen(
-            [sys.executable, script, str(self.data_dir), str(self.port)],
-            env={**os.environ, "SAPO_ADMIN_KEY": KEY},
-            stdout=log,
-            stderr=log,
-        )
-        log.close()
-        end = time.monotonic() + STARTS_WITHIN_S
-        with Client(f"http://127.0.0.1:{self.port}") as client:
-            while True:
-                try:
-                    client.ready()
-                    return
-                except (api.ConnectionFailed, api.ApiError):
-                    text = (self.data_dir.parent / "serve.log").read_text()
-                    assert self.running.poll() is None, text
-                    assert time.monotonic() < end, text
-                    time.sleep(0.1)
-
-    def kill(self) -> None:
-        assert self.running is not None
-        self.running.kill()
-        self.running.wait(30)
-
-
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    one = Process(tmp_path_factory.mktemp("service") / "data", port)
-    one.start()
-    yield one
-    one.kill()
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("service")
+    with ServerProcess(folder, f"sqlite:///{folder / 'control.db'}") as one:
+        yield one
 
 
 @pytest.fixture
-def client(process: Process) -> Iterator[Client]:
-    with Client(f"http://127.0.0.1:{process.port}", KEY) as one:
+def client(service: ServerProcess) -> Iterator[Client]:
+    with Client(service.url, ADMIN_KEY) as one:
         one._transport.backoff = Backoff(first_s=0.05, longest_s=0.3)
         yield one
 
@@ -88,8 +43,8 @@ def client(process: Process) -> Iterator[Client]:
 class Driver:
     """Plays the driver of a job: the store is told that one was launched, the events go over the link."""
 
-    def __init__(self, process: Process, job_id: str) -> None:
-        store = Store(Settings(data_dir=process.data_dir).database_url)
+    def __init__(self, service: ServerProcess, job_id: str) -> None:
+        store = Store(service.database_url)
         with store.begin() as session:
             row = jobs.get_job(session, None, job_id, lock=True)
             assert row is not None
@@ -98,7 +53,7 @@ class Driver:
             self.run_dir = Path(row.run_dir)
             self._path = f"/v1/link/{job_id}/{attempt.number}/events"
         store.close()
-        self._url = f"http://127.0.0.1:{process.port}"
+        self._url = service.url
         self._token = token
         self._seq = 0
 
@@ -113,7 +68,7 @@ class Driver:
                     self._url + self._path,
                     json={"first_seq": self._seq, "events": [one]},
                     headers={"Authorization": f"Bearer {self._token}"},
-                    trust_env=False,
+                    **PLAIN,
                 )
                 reply.raise_for_status()
                 assert reply.json()["next_seq"] == self._seq + 1
@@ -131,17 +86,19 @@ class Driver:
         self.say("transition", state="succeeded", reason="all steps were taken", result={"status": "succeeded"})
 
 
-def test_events_come_once_and_in_order_while_the_service_is_killed_twice(process: Process, client: Client) -> None:
+def test_events_come_once_and_in_order_while_the_service_is_killed_twice(
+    service: ServerProcess, client: Client
+) -> None:
     job = client.jobs.submit(SPEC, labels={"test": "events"})
-    driver = Driver(process, job.id)
+    driver = Driver(service, job.id)
     driving = threading.Thread(target=driver.run, args=(40,))
     heard: list[int] = []
 
     def listen(event: api.Event) -> None:
         heard.append(event.id)
         if event.kind == "step" and event.data["step"] in (8, 23):
-            process.kill()
-            process.start()
+            service.kill()
+            service.start()
 
     driving.start()
     ended = client.jobs.wait(job.id, 120.0, listen)
@@ -207,9 +164,9 @@ def test_what_is_wrong_with_a_job_is_said_all_at_once(client: Client) -> None:
     assert (checked.valid, checked.spec["learner"]["ranks"]) == (True, 2)
 
 
-def test_files_of_a_run_are_read_and_fetched(process: Process, client: Client, tmp_path: Path) -> None:
+def test_files_of_a_run_are_read_and_fetched(service: ServerProcess, client: Client, tmp_path: Path) -> None:
     job = client.jobs.submit(SPEC)
-    driver = Driver(process, job.id)
+    driver = Driver(service, job.id)
     run_dir = driver.run_dir
     weights = os.urandom(3 << 20)
     for path, content in {
@@ -263,7 +220,7 @@ def test_data_is_uploaded_checked_and_used(client: Client, tmp_path: Path) -> No
     assert [row["path"] for row in client.models.list()] == ["builtin:*"]
 
 
-def test_keys_open_what_they_are_for_and_nothing_else(process: Process, client: Client) -> None:
+def test_keys_open_what_they_are_for_and_nothing_else(service: ServerProcess, client: Client) -> None:
     job = client.jobs.submit(SPEC)
     url = client.base_url
     reader = client.keys.create("reader", scopes=["read"], expires_at=datetime.now(UTC) + timedelta(days=1))

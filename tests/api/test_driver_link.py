@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+from api_server import ServerProcess
 from fakes import job
 
-from sapo_ray.control.settings import Settings
 from sapo_ray.control.store import Store, attempts, events, jobs
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.link import Link
@@ -29,37 +24,17 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
-class Service:
-    """`client_server.py`, started, killed and started again on the same data and port."""
+class Service(ServerProcess):
+    """Killed and started again on the same data and port."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
+        super().__init__(folder, f"sqlite:///{folder / 'control.db'}", SAPO_LINK_INTERVAL_S="0.05")
+        self.folder = folder
         self.start()
-        self.store = Store(Settings(data_dir=folder).database_url)
-
-    def start(self) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "client_server.py"), str(self.folder), str(self.port)]
-        environment = os.environ | {"SAPO_ADMIN_KEY": "sapo_" + "k" * 43}
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        until(self._answers)
-
-    def _answers(self) -> bool:
-        assert self.process.poll() is None, (self.folder / "log").read_text()
-        try:
-            return httpx.get(f"{self.url}/healthz", trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(30)
+        self.store = Store(self.database_url)
 
     def stored(self, job_id: str) -> list[tuple[int, int, str]]:
         with self.store.read() as session:
@@ -67,10 +42,9 @@ class Service:
             return [(row.attempt or 0, row.seq or 0, row.kind) for row in rows if row.source == "driver"]
 
 
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setenv("SAPO_LINK_INTERVAL_S", "0.05")
-    service = Service(tmp_path)
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = Service(tmp_path_factory.mktemp("service"))
     yield service
     service.kill()
     service.store.close()
@@ -106,27 +80,27 @@ def test_a_service_killed_under_load_holds_every_event_once_and_in_order(service
     journal = Journal(run_dir / "journal.jsonl", 1, link.hear)
     link.open(journal)
     journal.event("transition", state="running")
-    for number in range(1, 1501):
-        journal.event("step", step=number, steps=1500, drops={}, metrics={"reward/mean": number / 1500})
+    for number in range(1, 1001):
+        journal.event("step", step=number, steps=1000, drops={}, metrics={"reward/mean": number / 1000})
         if number % 400 == 0:
             until(lambda: len(service.stored(job_id)) > 1)
             service.kill()
-        if number % 400 == 200 and service.process.poll() is not None:
+        if number % 400 == 200 and number > 400:
             service.start()
         time.sleep(0.0005)
-    until(lambda: len(service.stored(job_id)) == 1501)
+    until(lambda: len(service.stored(job_id)) == 1001)
 
     with service.store.begin() as session:
         row = jobs.get_job(session, None, job_id, lock=True)
         assert row is not None
-        assert (row.state, row.step, row.summary["reward"]) == ("running", 1500, 1.0)
+        assert (row.state, row.step, row.summary["reward"]) == ("running", 1000, 1.0)
         row.desired_state = "pause"
     until(lambda: orders.ending == "paused")
     journal.event("transition", state="paused", reason="as asked")
     link.close()
     journal.close()
     wire.close()
-    kinds = ["transition", *["step"] * 1500, "transition"]
+    kinds = ["transition", *["step"] * 1000, "transition"]
     assert service.stored(job_id) == [(1, seq, kind) for seq, kind in enumerate(kinds, 1)]
     with service.store.read() as session:
         row = jobs.get_job(session, None, job_id)

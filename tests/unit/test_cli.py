@@ -150,12 +150,19 @@ def test_json_of_the_gates_is_json_beside_a_plot(tmp_path: Path) -> None:
 
 def test_grading_counts_in_one_line_and_as_json(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    completions = ["\\boxed{4}", "<think>2+2</think> <answer>4</answer>", "5", "\\boxed{1234567890}", "\\boxed{5}"]
-    source.write_text("".join(json.dumps({"completion": c, "gold": "4"}) + "\n" for c in completions))
-    options = ("--max-answer-chars", "9", "--format-reward", "think_answer", "--memory-mb", "1500")
+    completions = ["\\boxed{4}", "<think>2+2</think> <answer>4</answer>", "5", "\\boxed{123456789012}", "\\boxed{5}"]
+    rows = [json.dumps({"completion": c, "gold": "4"}) + "\n" for c in completions]
+    source.write_text("".join([*rows, json.dumps({"completion": "\\boxed{9^{9^{9^9}}}", "gold": "4"})]))
+    options = ("--max-answer-chars", "11", "--format-reward", "think_answer", "--memory-mb", "1500", "--deadline", "1")
     result = invoke("grade", str(source), str(target), *options)
-    assert result.stdout == f"5 rows: 2 correct, 2 wrong, 1 errors -> {target}\n"
+    assert result.stdout == f"6 rows: 2 correct, 2 wrong, 2 errors -> {target}\n"
+    assert [json.loads(line)["reason"] for line in target.read_text().splitlines()][3:] == [
+        "too_long",
+        "mismatch",
+        "timeout",
+    ]
     assert json.loads(target.read_text().splitlines()[1])["reward"] == 2.0
+    source.write_text("".join(rows))
     counts = json.loads(invoke("grade", str(source), str(target), "--json").stdout)
     assert counts == {"rows": 5, "correct": 2, "wrong": 3, "errors": 0}
 

@@ -24,7 +24,7 @@ from sapo_ray.verifier.jobs import GradingItem
 from sapo_ray.verifier.stock import ProcessStock
 from sapo_ray.verifier.supervisor import GradingProcesses
 
-DEADLINE_S = 2.0
+DEADLINE_S = 1.0
 REPLACEMENT_S = 5.0
 ALLOWANCE = 3  # on promised bounds: the machine may be shared
 POISON = ["9^{9^{9^9}}", "100000000!", r"\binom{10^9}{10^8}", "2^{2^{40}}", "{" * 60 + "}" * 60]
@@ -130,8 +130,8 @@ async def test_a_hostile_reward_function_spoils_only_itself(misbehaving: str) ->
         "exit status 3",
         "killed by SIGSEGV",
         "out of memory",
-        "no grading within 2 s",
-        "no grading within 2 s",
+        "no grading within 1 s",
+        "no grading within 1 s",
     ]
     assert seconds < bound(failures=5, processes=2)
 
@@ -335,9 +335,8 @@ def test_references_are_checked_without_an_event_loop_too() -> None:
     assert check_gold(["1,080", "}", "3/4"]) == [1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rounds", [15, pytest.param(50, marks=pytest.mark.long)])
-async def test_a_hundred_kills_leak_neither_processes_nor_files(misbehaving: str, rounds: int) -> None:
+@pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.long)])
+async def test_dozens_of_kills_leak_neither_processes_nor_files(misbehaving: str, rounds: int) -> None:
     this = psutil.Process()
     others = children()  # of tests before this one: Ray's, say
 
@@ -364,6 +363,6 @@ async def test_a_hundred_kills_leak_neither_processes_nor_files(misbehaving: str
         assert len(graders()) == 3
         await round_of_poison(rounds)
         stats = processes.stats()
-        assert this.num_fds() - files < 20  # 90 kills would leak 90 at least; Ray's own come and go
+        assert this.num_fds() - files < 20  # 36 kills would leak 36 at least; Ray's own come and go
         assert len(graders()) == 3
     assert stats.killed + stats.died >= 6 * rounds  # three of four, each twice
