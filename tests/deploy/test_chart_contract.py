@@ -256,6 +256,19 @@ def test_drivers_learn_of_node_roles_on_the_head() -> None:
     assert roles == {"rollout": "rollout", "learner": "learner", "verifier": "verifier"}
 
 
+def test_further_files_and_variables_reach_whoever_asks_the_database_and_every_ray_pod() -> None:
+    """A database that wants its authority checked is asked by the migration before the service, and by nobody else."""
+    for name, template in pod_templates(render(FEATURES["extras"])):
+        spec = template["spec"]
+        asked = {"demo-sapo-ray-control": ["migrate", "control"], "demo-sapo-ray-test": ["doctor"]}.get(name)
+        volume = "hub" if asked is None else "authorities"
+        assert volume in {one["name"] for one in spec["volumes"]}, name
+        for container in (*spec.get("initContainers", []), *spec["containers"]):
+            mounted = volume in {mount["name"] for mount in container.get("volumeMounts", [])}
+            assert mounted == (asked is None or container["name"] in asked), (name, container["name"])
+            assert ("HTTPS_PROXY" in environment(container)) == (mounted and asked is not None)
+
+
 def test_a_cluster_without_tokens_overrules_its_images_which_want_one() -> None:
     def modes(values: Object) -> list[Any]:
         spec = ray_cluster(render(values))["spec"]

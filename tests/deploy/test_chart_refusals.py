@@ -49,6 +49,10 @@ SCHEMA: dict[str, tuple[Object, tuple[str, ...]]] = {
         {"storage": {"sharedFolders": ["../etc"]}},
         ("/storage/sharedFolders/0",),
     ),
+    "a volume of the chart's own": (
+        {"control": {"extraVolumes": [{"name": "data", "emptyDir": {}}]}},
+        ("/control/extraVolumes/0/name",),
+    ),
     "an empty peer, which is everybody": ({"networkPolicy": {"apiFrom": [{}]}}, ("/networkPolicy/apiFrom/0",)),
 }
 CHECKS: dict[str, tuple[Object, tuple[str, ...]]] = {
@@ -174,6 +178,10 @@ CHECKS: dict[str, tuple[Object, tuple[str, ...]]] = {
     "a load balancer that reaches nothing": (
         {"control": {"service": {"type": "LoadBalancer"}}},
         ("networkPolicy.apiFrom: lets in pods of this namespace alone", "LoadBalancer", "ipBlock"),
+    ),
+    "a mount of nothing": (
+        {"ray": {"extraVolumeMounts": [{"name": "hub", "mountPath": "/etc/hub"}]}},
+        ("ray.extraVolumeMounts: hub is not among ray.extraVolumes",),
     ),
     "a ServiceMonitor of nothing": (
         {"monitoring": {"metrics": False, "serviceMonitor": {"enabled": True}}},

@@ -50,6 +50,15 @@
 {{- if and $v.monitoring.alerts.enabled (not $v.monitoring.metrics) -}}
 {{- $found = append $found "monitoring.metrics: is false, so the alerts would know of nothing; set it to true, or monitoring.alerts.enabled=false" -}}
 {{- end -}}
+{{- range $part := list "control" "ray" -}}
+{{- $names := list -}}
+{{- range (index $v $part).extraVolumes -}}{{- $names = append $names .name -}}{{- end -}}
+{{- range (index $v $part).extraVolumeMounts -}}
+{{- if not (has .name $names) -}}
+{{- $found = append $found (printf "%s.extraVolumeMounts: %s is not among %s.extraVolumes; add it there" $part .name $part) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and $v.kueue.priorityClass (not $v.kueue.queue) -}}
 {{- $found = append $found "kueue.priorityClass: means nothing without kueue.queue; set kueue.queue too" -}}
 {{- end -}}

@@ -174,6 +174,9 @@ spec:
           mountPath: /dev/shm
         - name: tmp
           mountPath: /tmp
+        {{- with $v.ray.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - {{- include "sapo-ray.dataVolume" .root | nindent 6 }}
     - name: shm
@@ -184,6 +187,9 @@ spec:
       emptyDir: {}
     {{- if and .head (include "sapo-ray.autoscales" .root) }}
     - {{- include "sapo-ray.accountVolume" .root | nindent 6 }}
+    {{- end }}
+    {{- with $v.ray.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}
 
