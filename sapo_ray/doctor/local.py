@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ def look(settings: Settings, checks: Collection[Check]) -> Iterator[Finding]:
         yield from check_dns(hosts(settings))
     yield from _of_the_cluster(settings, checks)
     if "storage" in checks:
-        yield check_storage(settings.data_dir, settings.min_free_gb)
+        yield _storage(settings)
     of_engines: dict[Check, Callable[[], Finding]] = {
         "shm": check_shm,
         "gpu": lambda: check_gpu(1 if os.environ.get(ACCELERATOR) == "gpu" else None),
@@ -57,6 +58,15 @@ def hosts(settings: Settings) -> dict[str, str]:
 def token(settings: Settings) -> str | None:
     """The cluster's token."""
     return settings.ray_auth_token.get_secret_value() if settings.ray_auth_token else None
+
+
+def _storage(settings: Settings) -> Finding:
+    """Of the data folder; before the first start on a machine, where nobody named one, of where `serve` makes it."""
+    folder, nobodys = settings.data_dir, Settings.model_fields["data_dir"].default.absolute()
+    if folder != nobodys or folder.exists():
+        return check_storage(folder, settings.min_free_gb)
+    found = check_storage(folder.parent, settings.min_free_gb)
+    return replace(found, detail=f"{folder} is not there yet, `sapo-ray serve` makes it; {found.detail}")
 
 
 def _names_a_cluster(settings: Settings) -> bool:
