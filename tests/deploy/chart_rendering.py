@@ -274,3 +274,12 @@ CONTRADICTIONS = {
 ALL_ON = [name for name in FEATURES if not name.startswith("no_") and name not in ("external", "static", "cpu")]
 ALL_ON = [name for name in ALL_ON if name not in ("one_node", "fixed_size", "per_job")]
 ALL_ON_PER_JOB = [name for name in ALL_ON if name not in ("redis", "more_groups")] + ["per_job"]
+CASES: dict[str, Object] = {
+    "defaults": {},
+    **{name: example(name) for name in EXAMPLES},
+    **FEATURES,
+    "all on": overlaid(*(FEATURES[name] for name in ALL_ON)),
+    "all on per job": overlaid(*(FEATURES[name] for name in ALL_ON_PER_JOB)),
+}
+WITH_RAY = [name for name in CASES if name != "external"]
+PER_JOB = [name for name in CASES if CASES[name].get("ray", {}).get("mode") == "perJob"]

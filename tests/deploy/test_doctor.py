@@ -284,16 +284,6 @@ def test_what_cannot_be_checked_is_refused_with_the_way_out(arguments: list[str]
     assert said in done.stderr
 
 
-def test_a_machine_on_which_nothing_was_started_yet_is_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`serve` makes ./sapo-data; a folder that somebody named and that is not there may be a volume that is missing."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SAPO_DATA_DIR", raising=False)
-    code, told = doctor(*only("storage"))
-    assert (code, told["storage"]["status"]) == (0, "ok")
-    assert told["storage"]["detail"].startswith(f"{tmp_path}/sapo-data is not there yet, `sapo-ray serve` makes it; ")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_it_is_told_in_words_with_the_remedy_below(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", "--only", "storage", "--data-dir", str(tmp_path / "gone")])
     assert done.exit_code == 1

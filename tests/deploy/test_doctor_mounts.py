@@ -1,4 +1,4 @@
-"""The doctor on file systems that are read-only, full or too small: really mounted, in a mount namespace."""
+"""The doctor on file systems that are not there, read-only, full or too small: really mounted, in a mount namespace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from sapo_ray.cli import app
 from sapo_ray.doctor import inside
 from sapo_ray.doctor.storage import check_storage, marker
 
@@ -147,3 +149,14 @@ def test_a_folder_of_somebody_elses_fails_with_the_users_number(tmp_path: Path) 
     assert found.status == "failed"
     assert "Permission denied" in found.detail
     assert "10001" in found.remedy
+
+
+def test_a_machine_on_which_nothing_was_started_yet_is_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` makes ./sapo-data; a folder that somebody named and that is not there may be a volume that is missing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SAPO_DATA_DIR", raising=False)
+    done = CliRunner().invoke(app, ["doctor", "--json", "--only", "storage"])
+    (found,) = json.loads(done.stdout)["findings"]
+    assert (done.exit_code, found["status"]) == (0, "ok")
+    assert found["detail"].startswith(f"{tmp_path}/sapo-data is not there yet, `sapo-ray serve` makes it; ")
+    assert list(tmp_path.iterdir()) == []
