@@ -55,7 +55,7 @@ def create_app(settings: Settings, store: Store, launcher: Launcher) -> FastAPI:
     app.state.control = control
     app.state.readiness = Readiness(control)
     for router in ROUTERS:
-        app.include_router(router)
+        app.router.routes.extend(router.routes)  # as they are: `include_router` would make each a second time
     problems.install(app)
     app.add_middleware(Edge, limit_of=lambda method, path: _limit(settings, method, path), observe=telemetry.observe)
     described: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,15 +9,12 @@ from pathlib import Path
 import pytest
 from api_parts import Connect
 from api_server import ADMIN_KEY, FakeCluster
-from postgres_server import NoServer, PostgresServer
 from starlette.testclient import TestClient
 
 from sapo_ray.control.access import first_admin_key
 from sapo_ray.control.app import create_app
 from sapo_ray.control.settings import Settings, load_settings
 from sapo_ray.control.store import Store, keys
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
@@ -29,21 +25,6 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.fixture(scope="session")
-def api_postgres() -> Iterator[PostgresServer]:
-    """One PostgreSQL for the session. Skips where there is none."""
-    server: PostgresServer | None = None
-    try:
-        server = PostgresServer()
-        server.start()
-        yield server
-    except NoServer as error:
-        pytest.skip(f"no PostgreSQL: {error}")
-    finally:
-        if server is not None:
-            server.remove()
-
-
 @pytest.fixture
 def backend() -> str:
     """SQLite, unless a test is parametrised over backends."""
@@ -51,20 +32,8 @@ def backend() -> str:
 
 
 @pytest.fixture
-def database_url(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    """An empty database."""
-    if backend == "sqlite":
-        return f"sqlite:///{tmp_path / 'control.db'}"
-    server: PostgresServer = request.getfixturevalue("api_postgres")
-    name = f"api_{next(_numbers)}"
-    server.execute(f"CREATE DATABASE {name}")
-    return server.url(name)
-
-
-@pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    store = Store(database_url)
-    store.migrate()
+def store(store_url: str) -> Iterator[Store]:
+    store = Store(store_url)
     yield store
     store.close()
 
@@ -75,11 +44,11 @@ def cluster() -> FakeCluster:
 
 
 @pytest.fixture
-def configure(tmp_path: Path, database_url: str) -> Callable[..., Settings]:
+def configure(tmp_path: Path, store_url: str) -> Callable[..., Settings]:
     """Settings for this test, with changes."""
 
     def make(**over: object) -> Settings:
-        usual = {"data_dir": tmp_path / "data", "database_url": database_url, "admin_key": ADMIN_KEY, "rate_per_s": 0}
+        usual = {"data_dir": tmp_path / "data", "database_url": store_url, "admin_key": ADMIN_KEY, "rate_per_s": 0}
         return load_settings(**{**usual, **over})
 
     return make

@@ -61,7 +61,7 @@ def service(settings: Settings, secret: str) -> Iterator[tuple[TestClient, Store
 
 @pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
 def test_what_was_backed_up_while_the_service_ran_is_there_again_and_goes_on(
-    backend: str, database_url: str, tmp_path: Path
+    backend: str, store_url: str, tmp_path: Path
 ) -> None:
     if backend == "postgresql" and shutil.which("pg_restore") is None:
         pytest.skip("no pg_dump and pg_restore on the PATH: backups of PostgreSQL were not tried")
@@ -69,10 +69,10 @@ def test_what_was_backed_up_while_the_service_ran_is_there_again_and_goes_on(
     data.mkdir()
     backup.mkdir()
     if backend == "sqlite":
-        database_url = f"sqlite:///{data / 'control.db'}"
-    settings = load_settings(data_dir=data, database_url=database_url, rate_per_s=0)
+        store_url = f"sqlite:///{data / 'control.db'}"
+    settings = load_settings(data_dir=data, database_url=store_url, rate_per_s=0)
 
-    first = Store(database_url)
+    first = Store(store_url)
     first.migrate()
     with first.begin() as session:
         _, secret = keys.create_key(session, "acme", "a test", ["read", "submit"])
