@@ -18,12 +18,15 @@ from chart_rendering import (
     Object,
     environment,
     example,
+    one,
+    overlaid,
     pod_templates,
     ray_cluster,
     render,
 )
 
 from sapo_ray.config.sections import VerifierSpec
+from sapo_ray.control.embedded import STOP_WAIT_S
 from sapo_ray.doctor.machine import check_shm
 
 
@@ -115,6 +118,7 @@ def test_drivers_learn_of_node_roles_on_the_head() -> None:
     head = environment(spec["headGroupSpec"]["template"]["spec"]["containers"][0])
     assert (head["SAPO_ROLE_LABEL"], head["SAPO_ACCELERATOR"]) == ("sapo-ray.io/role", "cpu")
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert head["RAY_JOB_STOP_WAIT_TIME_S"] == str(STOP_WAIT_S)
     roles = {group["groupName"]: group["labels"]["sapo-ray.io/role"] for group in spec["workerGroupSpecs"]}
     assert roles == {"rollout": "rollout", "learner": "learner", "verifier": "verifier"}
 
@@ -179,3 +183,16 @@ def test_a_verifier_of_the_default_job_fits_a_node_of_every_example() -> None:
         groups = {one["groupName"]: one for one in ray_cluster(render(example(name)))["spec"]["workerGroupSpecs"]}
         limits = groups["verifier"]["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert int(limits["cpu"]) >= asked, name
+
+
+def test_several_replicas_of_the_service_are_spread_over_nodes_unless_the_values_say_otherwise() -> None:
+    def spread(values: Object) -> Any:
+        return one(render(values), "Deployment")["spec"]["template"]["spec"].get("topologySpreadConstraints")
+
+    (constraint,) = spread(FEATURES["postgresql"])
+    assert (constraint["topologyKey"], constraint["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    labels = one(render(FEATURES["postgresql"]), "Deployment")["spec"]["selector"]["matchLabels"]
+    assert constraint["labelSelector"]["matchLabels"] == labels
+    assert spread({}) is None
+    mine = [{"maxSkew": 2, "topologyKey": "rack", "whenUnsatisfiable": "DoNotSchedule"}]
+    assert spread(overlaid(FEATURES["postgresql"], {"control": {"topologySpreadConstraints": mine}})) == mine

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sapo_ray.control.embedded import STOP_WAIT_S
 from sapo_ray.control.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,7 @@ def test_services_are_named_as_the_addresses_say_and_share_the_run_directories()
     assert f"data:{folder}" in ray["volumes"]
     assert control["environment"]["SAPO_RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN")
     assert ray["environment"]["RAY_AUTH_MODE"] == "token"
+    assert ray["environment"]["RAY_JOB_STOP_WAIT_TIME_S"] == str(STOP_WAIT_S)
 
 
 def test_only_the_service_is_published_and_only_on_this_machine() -> None:

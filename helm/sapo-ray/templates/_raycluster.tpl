@@ -145,6 +145,9 @@ spec:
           value: sapo-ray.io/role
         - name: SAPO_ACCELERATOR
           value: {{ $v.ray.accelerator }}
+        # Time a driver has between SIGTERM and SIGKILL; of itself Ray gives three seconds.
+        - name: RAY_JOB_STOP_WAIT_TIME_S
+          value: "10"
         {{- end }}
         {{- with $v.ray.extraEnv }}
         {{- toYaml . | nindent 8 }}
