@@ -1,4 +1,4 @@
-"""What the stand-in for an API server does by published rules: its refusals, patches, and a certificate of its own."""
+"""What stand-ins for an API server do by published rules: refusals, patches, and a certificate of their own."""
 
 from __future__ import annotations
 

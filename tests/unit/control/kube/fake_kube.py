@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import crd_schemas
+from api_server_tools import Failure, merge
 
 Object = dict[str, Any]
 KINDS = {
@@ -33,16 +34,6 @@ KINDS = {
 NAMESPACE = "jobs"
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 LABEL = re.compile(r"([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?")
-
-
-class Refusal(Exception):
-    """An answer that is no success."""
-
-    def __init__(self, code: int, reason: str, message: str, details: Object | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason}
-        self.status |= {"message": message, "code": code, "details": details or {}}
 
 
 class FakeKube:
@@ -113,7 +104,7 @@ class FakeKube:
         with self.lock:
             self._authorise(method, resource, name, headers)
             if resource not in KINDS:
-                raise Refusal(404, "NotFound", "the server could not find the requested resource")
+                raise Failure(404, "NotFound", "the server could not find the requested resource")
             body = json.loads(raw) if raw else {}
             if method == "GET" and not name:
                 return 200, self._list(resource, query)
@@ -121,7 +112,7 @@ class FakeKube:
                 return 201, self._create(resource, body)
             found = self.objects.get((resource, name))
             if found is None:
-                raise Refusal(404, "NotFound", f'{resource} "{name}" not found', {"name": name})
+                raise Failure(404, "NotFound", f'{resource} "{name}" not found', name)
             if method == "GET":
                 return 200, found
             if method == "PATCH":
@@ -133,13 +124,13 @@ class FakeKube:
 
     def _authorise(self, method: str, resource: str, name: str, headers: Any) -> None:
         if (headers["Authorization"] or "").removeprefix("Bearer ") not in self.tokens:
-            raise Refusal(401, "Unauthorized", "Unauthorized")
+            raise Failure(401, "Unauthorized", "Unauthorized")
         verbs = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}
         verb = verbs.get(method) or ("get" if name else "list")
         group, _, plural = resource.rpartition("/")
         group = group.rpartition("/")[0]
         if not any(group in r["apiGroups"] and plural in r["resources"] and verb in r["verbs"] for r in self.rules):
-            raise Refusal(403, "Forbidden", f'{plural} is forbidden: User "sapo" cannot {verb} resource "{plural}"')
+            raise Failure(403, "Forbidden", f'{plural} is forbidden: User "sapo" cannot {verb} resource "{plural}"')
         self.used.add((plural, verb))
 
     def _list(self, resource: str, query: dict[str, str]) -> Object:
@@ -154,19 +145,19 @@ class FakeKube:
     def _create(self, resource: str, body: Object) -> Object:
         name = body["metadata"]["name"]
         if (resource, name) in self.objects:
-            raise Refusal(409, "AlreadyExists", f'{resource} "{name}" already exists', {"name": name})
+            raise Failure(409, "AlreadyExists", f'{resource} "{name}" already exists', name)
         if self.denied and resource == "ray.io/v1/rayclusters":
-            raise Refusal(403, "Forbidden", self.denied)
+            raise Failure(403, "Forbidden", self.denied)
         if len(self.of(resource)) >= self.quota.get(resource, 1_000_000):
-            raise Refusal(403, "Forbidden", f'{resource} "{name}" is forbidden: exceeded quota: team')
+            raise Failure(403, "Forbidden", f'{resource} "{name}" is forbidden: exceeded quota: team')
         self._validate(resource, body)
         return self.put(resource, body | {"metadata": dict(body["metadata"]) | {"generation": 1}})
 
     def _patch(self, resource: str, found: Object, body: Object) -> Object:
         expected = body.get("metadata", {}).get("resourceVersion")
         if expected is not None and expected != found["metadata"]["resourceVersion"]:
-            raise Refusal(409, "Conflict", "the object has been modified; please apply your changes to the latest")
-        new = _merged(copy.deepcopy(found), body)
+            raise Failure(409, "Conflict", "the object has been modified; please apply your changes to the latest")
+        new = merge(copy.deepcopy(found), body)
         self._validate(resource, new)
         new["metadata"]["generation"] += new["spec"] != found["spec"]
         return self.put(resource, new)
@@ -186,7 +177,7 @@ class FakeKube:
         if resource == "ray.io/v1/rayclusters":
             said += crd_schemas.problems(body)
         if said:
-            raise Refusal(422, "Invalid", f'{resource} "{metadata["name"]}" is invalid: {"; ".join(said)}')
+            raise Failure(422, "Invalid", f'{resource} "{metadata["name"]}" is invalid: {"; ".join(said)}')
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         kube = self
@@ -205,12 +196,12 @@ class FakeKube:
                     self.close_connection = True
                     return
                 if isinstance(fault, int):
-                    self._say(fault, Refusal(fault, "Fault", "on demand").status)
+                    self._say(fault, Failure(fault, "Fault", "on demand").body)
                     return
                 try:
                     code, said = kube.answer(self.command, self.path, self.headers, raw)
-                except Refusal as refusal:
-                    code, said = refusal.code, refusal.status
+                except Failure as failure:
+                    code, said = failure.code, failure.body
                 if fault == "unanswered":
                     self.close_connection = True
                     return
@@ -255,16 +246,3 @@ def _field(one: Object, path: str) -> Any:
     for part in path.split("."):
         one = one.get(part) or {}
     return one
-
-
-def _merged(into: Any, patch: Any) -> Any:
-    """RFC 7386: objects are merged, null removes, everything else (lists too) is replaced."""
-    if not isinstance(patch, dict):
-        return patch
-    into = dict(into) if isinstance(into, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            into.pop(name, None)
-        else:
-            into[name] = _merged(into.get(name), value)
-    return into
