@@ -29,11 +29,13 @@ from report import report
 
 from sapo_ray.algorithms.settings import resolve as resolve_objective
 from sapo_ray.config.load import resolve
+from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.checkpoint import Checkpoints
-from sapo_ray.driver.driver import Driver, Parts
+from sapo_ray.driver.driver import Driver, Material
 from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import StandingOrders
+from sapo_ray.driver.parts import Parts
 from sapo_ray.driver.pulse import pulse_of
 from sapo_ray.rollout import membership
 from sapo_ray.rollout.pool import RolloutPool
@@ -211,20 +213,13 @@ async def measure(workers: int, steps: int, folder: Path) -> dict[str, Any]:
     await pool.start()
     with pulse_of(spec, journal, None) as pulse:
         beats = asyncio.create_task(pulse.beat(pool.activity))
+        hold = DiskHold(folder, journal, orders)
         driver = Driver(
-            spec=spec,
-            objective=resolve_objective(spec.algorithm, 128, 1.0),
-            attempt=1,
-            run_dir=folder,
-            prompts=Prompts(),
-            evaluation_prompts=[],
-            parts=Parts(rollouts=pool, verifiers=Verifiers(), learner=Learner(), payloads=Payloads()),
-            journal=journal,
-            checkpoints=Checkpoints(folder / "checkpoints", keep=2, min_free_gb=0),
-            trackers=[NoTracker()],
-            orders=orders,
-            hold=DiskHold(folder, journal, orders),
-            pulse=pulse,
+            Attempt(spec=spec, number=1, run_dir=folder, journal=journal, orders=orders, hold=hold, pulse=pulse),
+            Material(prompts=Prompts(), evaluation=[], objective=resolve_objective(spec.algorithm, 128, 1.0)),
+            Parts(rollouts=pool, verifiers=Verifiers(), learner=Learner(), payloads=Payloads()),
+            Checkpoints(folder / "checkpoints", keep=2, min_free_gb=0),
+            [NoTracker()],
         )
         before, held = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.monotonic()

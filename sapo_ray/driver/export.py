@@ -10,9 +10,9 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
-from sapo_ray.driver.driver import Outcome
 from sapo_ray.driver.files import came_of_a_full_disk, not_written
 from sapo_ray.driver.journal import Journal
+from sapo_ray.driver.result import Outcome
 from sapo_ray.errors import DeadlineExceeded
 from sapo_ray.learner.export import export_hf
 from sapo_ray.learner.group import LearnerGroup

@@ -17,10 +17,10 @@ from typing import Any
 import fsspec
 
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.driver.driver import Outcome
 from sapo_ray.driver.interrupts import Interrupts
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.pulse import Pulse
+from sapo_ray.driver.result import Outcome
 from sapo_ray.errors import ConfigError
 
 MOST_SAID = 2000

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -154,3 +155,13 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """The pools a driver runs."""
+
+    rollouts: Rollouts
+    verifiers: Verifiers
+    learner: Learner
+    payloads: Payloads

@@ -18,14 +18,13 @@ import asyncio
 import json
 from pathlib import Path
 
+from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.checkpoint import Checkpoints
+from sapo_ray.driver.course import Course
 from sapo_ray.driver.intake import Intake
-from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.parts import Learner
-from sapo_ray.driver.pulse import Pulse
 from sapo_ray.driver.state import complete_groups
 from sapo_ray.errors import DeadlineExceeded, SapoRayError, TrainingFailed, WorkerLost
-from sapo_ray.types import PolicyVersion
 
 RESTARTS = 3
 """Of the learner, per job."""
@@ -36,30 +35,29 @@ ASKED_FOR = ("paused", "cancelled", "failed", "succeeded")
 
 
 class Recovery:
-    """Brings the learner back. `lineage` counts how often it did so within this attempt."""
+    """Brings the learner back; the course's lineage counts how often it did."""
 
     def __init__(
-        self, learner: Learner, intake: Intake, checkpoints: Checkpoints, journal: Journal, pulse: Pulse
+        self, attempt: Attempt, course: Course, learner: Learner, intake: Intake, checkpoints: Checkpoints
     ) -> None:
+        self._course = course
         self._learner = learner
         self._intake = intake
         self._checkpoints = checkpoints
-        self._journal = journal
-        self._pulse = pulse
+        self._journal = attempt.journal
+        self._pulse = attempt.pulse
         self._losses: int | None = None
         """Of the job; not counted yet."""
         self._recovering = False
-        self.lineage = 0
 
-    async def after(self, error: SapoRayError, version: PolicyVersion) -> Path | None:
+    async def after(self, error: SapoRayError) -> Path | None:
         """A learner that is there again, and the checkpoint to go on from; None: from the start.
-
-        `version` is the last one of the lineage that ended.
 
         Raises:
             SapoRayError: `error` itself where it was not the learner that was lost.
             TrainingFailed: it was lost too often.
         """
+        version = self._course.version  # the last of the lineage that ends
         while True:
             if not self._learner.lost:
                 raise error
@@ -74,14 +72,14 @@ class Recovery:
             except (WorkerLost, DeadlineExceeded) as again:
                 error = again
             else:
-                self.lineage += 1
+                self._course.lineage += 1
                 return checkpoint
 
-    def begun(self, version: PolicyVersion) -> None:
-        """All workers have `version`: if this was a recovery, it is over."""
+    def begun(self) -> None:
+        """All workers have weights again: if this was a recovery, it is over."""
         if self._recovering:
             self._recovering = False
-            reason = f"a new learner goes on from step {version.number}"
+            reason = f"a new learner goes on from step {self._course.step}"
             self._journal.event("condition", condition=LEARNER_LOST, reason=reason, cleared=True)
 
     async def _count(self, error: SapoRayError) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from sapo_ray.errors import DeadlineExceeded
 
+GRACE_S = 30.0
+"""The parts bound their own waits and say more about them; the driver's bound is later by this."""
+
 
 @asynccontextmanager
 async def bounded(seconds: float, what: str, details: Callable[[], str]) -> AsyncIterator[None]:

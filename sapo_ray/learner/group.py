@@ -22,19 +22,16 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sapo_ray.algorithms.diagnostics import TokenStats
 from sapo_ray.config.spec import JobSpec
-from sapo_ray.diagnosis.causes import CLUSTER
 from sapo_ray.diagnosis.vitals import Activity
 from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError, WorkerLost
 from sapo_ray.learner.batching import plan_step
 from sapo_ray.learner.engine import Place
 from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport, step_report
+from sapo_ray.learner.room import Room, check_object_store
 from sapo_ray.learner.worker import LearnerWorker
-from sapo_ray.placement import label_selector, wants_gpus
 from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
 from sapo_ray.weights.canary import canary_sequences
 
@@ -54,9 +51,7 @@ class LearnerGroup:
         """A verb failed, so all ranks were ended; see restart."""
         self._canary: tuple[tuple[int, ...], ...] = ()
         self._actors: list[Any] = []
-        self._placement: PlacementGroup | None = None
-        self._placing: float | None = None
-        """Since when there is no room for the ranks, while that is so; Unix seconds."""
+        self._room = Room(spec)
         self._version = PolicyVersion(0, 0)
 
     # -- start and end -------------------------------------------------------------------------------------------
@@ -70,17 +65,20 @@ class LearnerGroup:
             WorkerLost, DeadlineExceeded: a rank failed or did not get ready; the group is closed
         """
         end = time.monotonic() + self.spec.deadlines.start_s
-        gpu = wants_gpus(ray.cluster_resources().get("GPU", 0) > 0)
-        await self._place(gpu, end)
+        await self._room.take(end)
         count = self.spec.learner.ranks
         for rank in range(count):
-            place = Place(rank=rank, ranks=count, gpu=gpu, transport=self.spec.transport)
-            options = self._options(rank, gpu)
-            self._actors.append(ray.remote(LearnerWorker).options(**options).remote(self.spec, self.model_path, place))
+            place = Place(rank=rank, ranks=count, gpu=self._room.gpu, transport=self.spec.transport)
+            actor = ray.remote(LearnerWorker).options(**self._room.options(rank))
+            self._actors.append(actor.remote(self.spec, self.model_path, place))
         name = "learner start (deadlines.start_s)"
         host, port = await self._on_rank_0("listen", name, end)
         self.ranks = await self._on_all("setup", name, end, host, port)
-        self._check_object_store()
+        try:
+            check_object_store(self.ranks[0])
+        except ResourceError:
+            self._kill()
+            raise
         self.lost = False
 
     async def restart(self) -> None:
@@ -98,16 +96,11 @@ class LearnerGroup:
     async def close(self) -> None:
         """End all ranks and give their room back. Safe to call more than once."""
         self._kill()
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
+        self._room.give_back()
 
     def activity(self) -> list[Activity]:
         """The cluster, while it has no room for the ranks."""
-        if (since := self._placing) is None:
-            return []
-        task = f"making room for {self.spec.learner.ranks} learner ranks"
-        return [Activity(name=CLUSTER, kind="place", task=task, since=since, progress=since)]
+        return self._room.activity()
 
     def pids(self) -> list[int]:
         """Process ids by rank."""
@@ -200,55 +193,6 @@ class LearnerGroup:
         return await self._on_all("peak_bytes", "learner peak_bytes (deadlines.publish_s)", end)
 
     # -- private -------------------------------------------------------------------------------------------------
-
-    async def _place(self, gpu: bool, end: float) -> None:
-        bundle = {"CPU": 1.0, "GPU": self._gpu_share()} if gpu else {"CPU": 1.0}
-        count, where = self.spec.learner.ranks, label_selector("learner")
-        self._placement = self._placement or placement_group(
-            [bundle] * count, strategy="PACK", bundle_label_selector=[where] * count if where else None
-        )
-        self._placing = time.time()
-        try:
-            placed = await asyncio.to_thread(self._placement.wait, max(1.0, end - time.monotonic()))
-        finally:
-            self._placing = None
-        if not placed:
-            await self.close()
-            free = {key: amount for key, amount in ray.available_resources().items() if key in ("CPU", "GPU")}
-            raise ResourceError(
-                f"no room for learner.ranks: {self.spec.learner.ranks} within deadlines.start_s "
-                f"({self.spec.deadlines.start_s:g} s): each asks for {bundle}, the cluster has {free} free; "
-                "add nodes, or lower learner.ranks or rollout.workers"
-            )
-
-    def _gpu_share(self) -> float:
-        """CUDA IPC joins processes on one GPU, so a learner leaves half of it to a rollout worker."""
-        return 0.5 if self.spec.learner.transport == "ipc" else 1.0
-
-    def _options(self, rank: int, gpu: bool) -> dict[str, Any]:
-        assert self._placement is not None
-        on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        return {
-            "num_cpus": 1,
-            "num_gpus": self._gpu_share() if gpu else 0,
-            "runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else on_cpu)},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._placement, placement_group_bundle_index=rank
-            ),
-        }
-
-    def _check_object_store(self) -> None:
-        """The last published weights stay readable until the next are complete: room for two sets."""
-        needed = 2 * self.ranks[0].published_bytes
-        node = next(node for node in ray.nodes() if node["NodeID"] == self.ranks[0].node_id)
-        capacity = int(node["Resources"].get("object_store_memory", 0))
-        if needed > capacity:
-            self._kill()
-            raise ResourceError(
-                f"Ray's object store on {self.ranks[0].host} has {capacity / 1e9:.3g} GB, but two sets of published "
-                f"weights take {needed / 1e9:.3g} GB; start Ray there with --object-store-memory of at least "
-                f"{needed * 1.25:.0f} bytes (and as much shared memory: /dev/shm of a container is 64 MB by default)"
-            )
 
     async def _checkpoint(self, verb: str, folder: Path) -> list[Any]:
         end = time.monotonic() + self.spec.deadlines.checkpoint_s

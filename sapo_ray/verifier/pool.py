@@ -15,9 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -30,6 +28,7 @@ from sapo_ray.placement import label_selector
 from sapo_ray.types import Grading, Verdict
 from sapo_ray.verifier import child
 from sapo_ray.verifier.calls import answered, bounded, unless
+from sapo_ray.verifier.members import Member, VerifierPoolStats
 from sapo_ray.verifier.worker import VerifierWorker, VerifierWorkerInfo
 
 log = logging.getLogger(__name__)
@@ -52,60 +51,12 @@ REPLACEMENT_OF_PROCESS_S = 5.0
 """Promised time to replace a grading process."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifierPoolStats:
-    """Gauges and counters of the pool, and what each actor says of itself (absent: it did not answer in time)."""
-
-    live: int
-    in_flight: int
-    """Completions being graded."""
-    workers_lost: int
-    """Actors that died or were ended for being silent."""
-    unavailable: int
-    """Gradings given up as verifier_unavailable."""
-    last_failure: str
-    workers: tuple[VerifierWorkerInfo, ...]
-
-    @property
-    def processes(self) -> int:
-        """Living grading processes of all actors."""
-        return sum(worker.stats.live for worker in self.workers)
-
-    @property
-    def errors(self) -> Counter[str]:
-        """Errors by reason, of the actors that live."""
-        return sum((worker.stats.errors for worker in self.workers), Counter())
-
-
-class _Worker:
-    """An actor and its load. `actor` is None while it is being replaced."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.actor: Any = None
-        self.in_flight = 0
-        self.progress = time.time()
-        """When it last took or finished a call, came up, or was lost; Unix seconds."""
-        self.after = ""
-        """How the actor was lost that is being replaced."""
-        self.lost = asyncio.Event()
-        """Set when `actor` is given up, so that the calls it holds do not wait for it."""
-
-    def activity(self) -> Activity | None:
-        """What it is at; None if it has nothing to do."""
-        if self.actor is not None and not self.in_flight:
-            return None
-        kind, task = ("start", "starting") if self.actor is None else ("grade", f"grading {self.in_flight} completions")
-        at, after = self.progress, self.after if kind == "start" else ""
-        return Activity(name=self.name, kind=kind, task=task, since=at, progress=at, after=after)
-
-
 class VerifierPool:
     """`spec.workers` verifier actors. Ray must be initialised."""
 
     def __init__(self, spec: VerifierSpec) -> None:
         self._spec = spec
-        self._workers = [_Worker(f"verifier-{number}") for number in range(spec.workers)]
+        self._workers = [Member(f"verifier-{number}") for number in range(spec.workers)]
         self._actor_class = ray.remote(VerifierWorker)
         self._replacements: set[asyncio.Task[None]] = set()
         self._watches: set[asyncio.Task[None]] = set()
@@ -194,7 +145,7 @@ class VerifierPool:
 
     # One call
 
-    async def _least_loaded(self) -> _Worker | None:
+    async def _least_loaded(self) -> Member | None:
         """The living actor with the fewest completions in flight; None if there is none within REPLACEMENT_S."""
         deadline = time.monotonic() + REPLACEMENT_S
         while True:
@@ -211,7 +162,7 @@ class VerifierPool:
                 return None
 
     async def _grade_on(
-        self, worker: _Worker, prompt: str, gold: str, refs: Sequence[ray.ObjectRef[Any]]
+        self, worker: Member, prompt: str, gold: str, refs: Sequence[ray.ObjectRef[Any]]
     ) -> list[Grading] | None:
         """None when the actor failed; it is being replaced then."""
         actor, lost = worker.actor, worker.lost
@@ -229,14 +180,14 @@ class VerifierPool:
         worker.progress = time.time()
         return gradings
 
-    def _bound(self, worker: _Worker) -> float:
+    def _bound(self, worker: Member) -> float:
         """Seconds in which an actor that works answers everything it holds, were every item poison."""
         rounds = -(-worker.in_flight // self._spec.processes)
         return START_S + 2 * rounds * (self._spec.deadline_s + REPLACEMENT_OF_PROCESS_S)
 
     # Actors
 
-    async def _start_actor(self, worker: _Worker) -> None:
+    async def _start_actor(self, worker: Member) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         where = label_selector("verifier")
         options = {
@@ -259,7 +210,7 @@ class VerifierPool:
         self._watches.add(watch)
         watch.add_done_callback(self._watch_ended)
 
-    async def _watch(self, worker: _Worker, actor: Any) -> None:
+    async def _watch(self, worker: Member, actor: Any) -> None:
         """Until the actor is lost: no call need be under way for its silence to be noticed."""
         while worker.actor is actor:
             await asyncio.sleep(WATCH_S)
@@ -270,7 +221,7 @@ class VerifierPool:
             except (RayActorError, RayTaskError, SapoRayError) as error:
                 self._lose(worker, actor, error)
 
-    def _lose(self, worker: _Worker, actor: Any, error: Exception) -> None:
+    def _lose(self, worker: Member, actor: Any, error: Exception) -> None:
         """Ends the actor and starts another in its place; of several calls that saw it fail, the first does this."""
         if worker.actor is not actor or self._closed:
             return
@@ -284,7 +235,7 @@ class VerifierPool:
         self._replacements.add(task)
         task.add_done_callback(self._replacement_ended)
 
-    async def _replace(self, worker: _Worker) -> None:
+    async def _replace(self, worker: Member) -> None:
         attempt = 0
         while not self._closed:
             await asyncio.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])

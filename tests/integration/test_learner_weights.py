@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from sapo_ray.errors import ResourceError, WeightsRefused
 from sapo_ray.learner.export import export_hf
+from sapo_ray.learner.room import check_object_store
 from sapo_ray.models.publish import canary_of
 from sapo_ray.types import PolicyVersion, Published
 from sapo_ray.weights.fingerprint import checksum64, fingerprint
@@ -167,9 +168,9 @@ async def test_an_object_store_too_small_for_two_sets_is_named_with_the_remedy(
     learners: Learners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = await learners.with_job(job(learners.model, ranks=1))
-    group.ranks = [dataclasses.replace(info, published_bytes=1 << 30) for info in group.ranks]
+    publisher = dataclasses.replace(group.ranks[0], published_bytes=1 << 30)
     with pytest.raises(ResourceError, match=r"1\.07 GB.*two sets .* 2\.15 GB.*--object-store-memory of at least"):
-        group._check_object_store()
+        check_object_store(publisher)
 
 
 async def test_vllms_weight_source_yields_the_same_tensors(learners: Learners) -> None:

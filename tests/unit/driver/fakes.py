@@ -17,12 +17,15 @@ from sapo_ray.algorithms.settings import resolve as resolve_objective
 from sapo_ray.audit import audit
 from sapo_ray.config.load import resolve
 from sapo_ray.config.spec import JobSpec
+from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.checkpoint import Checkpoints
-from sapo_ray.driver.driver import Driver, Parts
+from sapo_ray.driver.driver import Driver, Material
 from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.journal import Journal, read_journal
 from sapo_ray.driver.orders import StandingOrders
+from sapo_ray.driver.parts import Parts
 from sapo_ray.driver.payloads import load_payloads, save_payloads
+from sapo_ray.driver.pulse import Pulse
 from sapo_ray.errors import WorkerLost
 from sapo_ray.types import (
     Canary,
@@ -325,23 +328,28 @@ class Bench:
         checkpoints = Checkpoints(self.run_dir / "checkpoints", keep=2, min_free_gb=0)
         hold = DiskHold(self.run_dir, journal, self.orders)
         driver = Driver(
-            spec=self.spec,
-            objective=resolve_objective(self.spec.algorithm, 16, 1.0),
-            attempt=number,
-            run_dir=self.run_dir,
-            prompts=self.prompts,  # type: ignore[arg-type]
-            evaluation_prompts=self.evaluation,
-            parts=Parts(
+            Attempt(
+                spec=self.spec,
+                number=number,
+                run_dir=self.run_dir,
+                journal=journal,
+                orders=self.orders,
+                hold=hold,
+                pulse=Pulse(),
+            ),
+            Material(
+                prompts=self.prompts,  # type: ignore[arg-type]
+                evaluation=self.evaluation,
+                objective=resolve_objective(self.spec.algorithm, 16, 1.0),
+            ),
+            Parts(
                 rollouts=self.rollouts,
                 verifiers=self.verifiers,
                 learner=self.learner,
                 payloads=FakePayloads(),
             ),
-            journal=journal,
-            checkpoints=checkpoints,
-            trackers=[*self.trackers, self.rows],
-            orders=self.orders,
-            hold=hold,
+            checkpoints,
+            [*self.trackers, self.rows],
         )
         try:
             with hold.ready():

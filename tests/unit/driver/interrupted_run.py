@@ -19,7 +19,7 @@ from typing import Any
 import typer
 from fakes import job
 
-from sapo_ray.driver import run
+from sapo_ray.driver import run, stages
 from sapo_ray.ending import user_errors
 
 starting, closing = threading.Event(), threading.Event()
@@ -76,9 +76,9 @@ def insist() -> None:
         threading.Event().wait(0.2)
 
 
-run.RolloutPool, run.VerifierPool, run.LearnerGroup = Rollouts, Verifiers, Learner  # type: ignore[misc, assignment]
-run.ray_for, run.published_bytes = no_ray, lambda *_: 0  # type: ignore[assignment]
-run.prepare_inputs = lambda *_: SimpleNamespace(model_path=Path("m"), canary=())  # type: ignore[assignment, return-value]
+stages.RolloutPool, stages.VerifierPool, stages.LearnerGroup = Rollouts, Verifiers, Learner  # type: ignore[misc, assignment]
+stages.ray_for, stages.published_bytes = no_ray, lambda *_: 0  # type: ignore[assignment]
+stages.prepare_inputs = lambda *_: SimpleNamespace(model_path=Path("m"), canary=())  # type: ignore[assignment, return-value]
 threading.Thread(target=insist, daemon=True).start()
 try:
     with user_errors() as heard:

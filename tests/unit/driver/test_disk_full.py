@@ -118,7 +118,7 @@ def test_what_failed_first_is_what_the_user_sees_also_when_nothing_can_be_writte
         fill(small)
         raise TrainingFailed("hardly any group can be used")
 
-    monkeypatch.setattr(run, "_train_and_export", fails)
+    monkeypatch.setattr(run, "train_and_export", fails)
     with pytest.raises(TrainingFailed, match="hardly any group can be used"):
         run.train(job(run_dir=str(small / "run")))
     assert "result.json cannot be written" in caplog.text

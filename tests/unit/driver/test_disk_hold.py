@@ -16,7 +16,8 @@ from fakes import Bench, FakeLearner, job
 from small_disk import fill, small_disk
 
 from sapo_ray.api.link import Orders
-from sapo_ray.driver import files, hold, run
+from sapo_ray.driver import files, hold, stages
+from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.checkpoint import Checkpoints
 from sapo_ray.driver.files import write_text
 from sapo_ray.driver.hold import DiskHold
@@ -222,10 +223,14 @@ def test_a_served_run_whose_driver_was_replaced_while_it_held_goes_on_holding(
 
     class Reached(Exception): ...
 
-    monkeypatch.setattr(run, "prepare_inputs", lambda *_: _raise(Reached()))
+    monkeypatch.setattr(stages, "prepare_inputs", lambda *_: _raise(Reached()))
     served = StandingOrders(Orders(**orders(state="run")))
+    held = DiskHold(tmp_path, journal, served)
+    second = Attempt(
+        spec=SPEC, number=attempt, run_dir=tmp_path, journal=journal, orders=served, hold=held, pulse=Pulse()
+    )
     with pytest.raises(DiskFull if attempt == 1 else Reached):
-        run._train_and_export(SPEC, tmp_path, attempt, journal, served, Interrupts(), Pulse())
+        stages.train_and_export(second, Interrupts())
     journal.sync_now()
     said = [row for row in read_journal(journal.path) if row.get("condition") == "DiskFull"]
     assert [row.get("cleared", False) for row in said] == ([] if attempt == 1 else [False, True])

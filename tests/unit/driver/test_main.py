@@ -17,8 +17,9 @@ from fakes import job
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver import main as drivers
 from sapo_ray.driver import run as runs
+from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.journal import Journal, read_journal
-from sapo_ray.driver.orders import Ended, StandingOrders
+from sapo_ray.driver.orders import Ended
 from sapo_ray.driver.rundir import begin_attempt, hold, write_spec
 from sapo_ray.errors import Superseded, WorkerLost
 
@@ -41,11 +42,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[JobSpec]:
     """In place of engines: the jobs that would have been trained."""
     jobs: list[JobSpec] = []
 
-    def trains(spec: JobSpec, *_: Any) -> Any:
-        jobs.append(spec)
+    def trains(attempt: Attempt, _: Any) -> Any:
+        jobs.append(attempt.spec)
         raise Ended("paused")
 
-    monkeypatch.setattr(runs, "_train_and_export", trains)
+    monkeypatch.setattr(runs, "train_and_export", trains)
     return jobs
 
 
@@ -95,7 +96,8 @@ def test_a_driver_that_is_not_wanted_leaves_the_run_alone(
 def test_a_token_that_is_refused_while_it_trains_ends_the_attempt_with_a_checkpoint_and_its_own_exit_code(
     control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trains(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, by: StandingOrders, *_: Any) -> Any:
+    def trains(attempt: Attempt, _: Any) -> Any:
+        by = attempt.orders
         control.faults.extend(["refused"] * 10_000)
         end = time.monotonic() + 20
         while by.ending is None:
@@ -104,7 +106,7 @@ def test_a_token_that_is_refused_while_it_trains_ends_the_attempt_with_a_checkpo
             time.sleep(0.001)
         raise Ended(by.ending)
 
-    monkeypatch.setattr(runs, "_train_and_export", trains)
+    monkeypatch.setattr(runs, "train_and_export", trains)
     assert start(control, tmp_path) == drivers.SUPERSEDED
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "paused"
     records = list(read_journal(tmp_path / "run" / "journal.jsonl"))
@@ -181,11 +183,13 @@ def test_a_secret_that_an_error_message_brings_along_is_masked_wherever_it_would
     capfd: pytest.CaptureFixture[str],
     error: type[Exception],
 ) -> None:
-    def trains(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, *_: Any) -> Any:
-        journal.event("condition", condition="Odd", reason="sent s3cr3t-value", more=[{"header": 's3cr3t-"value"'}])
+    def trains(attempt: Attempt, _: Any) -> Any:
+        attempt.journal.event(
+            "condition", condition="Odd", reason="sent s3cr3t-value", more=[{"header": 's3cr3t-"value"'}]
+        )
         raise error("401 for token s3cr3t-value")
 
-    monkeypatch.setattr(runs, "_train_and_export", trains)
+    monkeypatch.setattr(runs, "train_and_export", trains)
     values = {"HF_TOKEN": "s3cr3t-value", "QUOTED": 's3cr3t-"value"', "SHORT": "on"}
     for name in values:
         monkeypatch.setenv(name, "before")
@@ -207,7 +211,7 @@ def test_an_end_that_another_attempt_may_outlive_is_told_from_one_that_it_would_
     def trains(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(runs, "_train_and_export", trains)
+    monkeypatch.setattr(runs, "train_and_export", trains)
     assert start(control, tmp_path) == drivers.FAILED
     assert ends(control) == [(state, f"{type(error).__name__}: {error}")]
 
@@ -217,14 +221,14 @@ def test_a_driver_superseded_while_it_trains_leaves_result_and_journal_to_the_ne
 ) -> None:
     result = tmp_path / "run" / "result.json"
 
-    def trains(spec: JobSpec, run_dir: Path, attempt: int, journal: Journal, *_: Any) -> Any:
+    def trains(attempt: Attempt, _: Any) -> Any:
         result.write_text("of attempt 2")
         control.newest = 2
         while True:
-            journal.event("phase", phase="train")
+            attempt.journal.event("phase", phase="train")
             time.sleep(0.001)
 
-    monkeypatch.setattr(runs, "_train_and_export", trains)
+    monkeypatch.setattr(runs, "train_and_export", trains)
     assert start(control, tmp_path) == drivers.SUPERSEDED
     assert result.read_text() == "of attempt 2"
     records = list(read_journal(tmp_path / "run" / "journal.jsonl"))

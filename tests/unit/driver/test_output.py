@@ -14,11 +14,11 @@ from fakes import job
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.copying import copy
-from sapo_ray.driver.driver import Outcome
 from sapo_ray.driver.interrupts import Interrupts
 from sapo_ray.driver.journal import Journal, read_journal
 from sapo_ray.driver.output import check_output, copied
 from sapo_ray.driver.pulse import Pulse
+from sapo_ray.driver.result import Outcome
 from sapo_ray.errors import ConfigError, ResourceError, Superseded
 from sapo_ray.types import Published
 

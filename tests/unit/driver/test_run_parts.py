@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from sapo_ray.driver.run import _driven
+from sapo_ray.driver.stages import unless_failed
 from sapo_ray.errors import TrainingFailed
 
 
@@ -23,7 +23,7 @@ async def test_a_pool_that_failed_ends_a_driver_that_waits_elsewhere() -> None:
         return TrainingFailed("the last rollout worker is not replaced")
 
     with pytest.raises(TrainingFailed, match="the last rollout worker is not replaced"):
-        await asyncio.wait_for(_driven(waits_for_the_learner(), fails()), timeout=30)
+        await asyncio.wait_for(unless_failed(waits_for_the_learner(), fails()), timeout=30)
     assert ended.is_set()
 
 
@@ -36,5 +36,5 @@ async def test_a_driver_that_ends_first_is_not_disturbed_and_leaves_no_task() ->
         raise AssertionError
 
     before = asyncio.all_tasks()
-    assert cast(str, await _driven(ends(), never())) == "outcome"
+    assert cast(str, await unless_failed(ends(), never())) == "outcome"
     assert asyncio.all_tasks() == before
