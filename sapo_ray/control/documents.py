@@ -98,16 +98,6 @@ def file_answer(media_type: str, text: str) -> Responses:
     }
 
 
-def openapi_document() -> dict[str, Any]:
-    """The document of the service, without a service."""
-    from sapo_ray.control.routes import ROUTERS  # they describe themselves by what is here
-
-    app = FastAPI()
-    for router in ROUTERS:
-        app.include_router(router)
-    return describe(app)
-
-
 def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document of an application that has the routes."""
     document = get_openapi(

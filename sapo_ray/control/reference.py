@@ -7,7 +7,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sapo_ray.control.documents import REF, openapi_document
+from fastapi import FastAPI
+
+from sapo_ray.control.documents import REF, describe
+from sapo_ray.control.routes import ROUTERS
 
 _HEAD = """\
 # The API
@@ -19,6 +22,14 @@ The document itself is at `/openapi.json`. Every operation may also answer 429, 
 [jobs.md](jobs.md).
 """
 _EVERYWHERE = ("429", "500", "503")
+
+
+def openapi_document() -> dict[str, Any]:
+    """The document of the service, without a service."""
+    app = FastAPI()
+    for router in ROUTERS:
+        app.include_router(router)
+    return describe(app)
 
 
 def render(document: Mapping[str, Any]) -> str:
