@@ -235,8 +235,8 @@ async def test_a_reward_function_that_writes_into_the_pipes_spoils_only_itself(m
 
 
 async def test_what_a_reward_function_started_dies_with_its_process(misbehaving: str) -> None:
-    async with supervised(reward=misbehaving) as processes:
-        await processes.grade_many(said("spawn 86399"))
+    async with supervised(reward=misbehaving, deadline_s=60) as processes:
+        assert verdicts(await processes.grade_many(said("spawn 86399"))) == [("wrong", "reward")]
         [sleeper] = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "86399"]]
     sleeper.wait(timeout=5)
 
