@@ -183,7 +183,7 @@ def test_a_driver_is_started_in_a_cluster_of_its_own_with_the_token_that_was_mad
     with kube_world(tmp_path) as kube:
         launcher = KubeClusters(
             KubeClient(kube.kube.url, kube.account),
-            Options(template=kube.template, secret=SECRET, owner="sapo", python=sys.executable),
+            Options(template=kube.template, secret=SECRET, owner="sapo", python=sys.executable, look_every_s=0.0),
             address=lambda found: cluster.url if found.get("status") else "",
         )
         with launcher:
