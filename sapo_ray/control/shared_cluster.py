@@ -27,6 +27,9 @@ TRIES = 8
 WRITTEN = "sapo-ray.io/manifest"
 """Annotation: fingerprint of the manifest that was written last."""
 
+REDIS_FINALIZER = "ray.io/gcs-ft-redis-cleanup-finalizer"
+"""With it KubeRay clears Redis before a cluster goes; it takes it away only from clusters that have a Redis."""
+
 Outcome = Literal["created", "changed", "unchanged"]
 Manifest = dict[str, Any]
 
@@ -67,16 +70,22 @@ def _tried(api: KubeClient, manifest: Manifest, owner: str) -> Outcome:
 
 
 def merged(manifest: Manifest, live: Mapping[str, Any], owners: list[dict[str, str]]) -> Manifest:
-    """The manifest with what others decided: sizes of groups that scale themselves, suspension, finalizers."""
+    """The manifest with what others decided: sizes of groups that scale themselves, suspension, finalizers.
+
+    `live` is not being deleted.
+    """
     body = copy.deepcopy(manifest)
     meta, was = body["metadata"], live["metadata"]
     for key in ("labels", "annotations"):
         meta[key] = {**was.get(key, {}), **meta.get(key, {})}
-    for key in ("resourceVersion", "uid", "finalizers"):
+    for key in ("resourceVersion", "uid"):
         if key in was:
             meta[key] = was[key]
     meta["ownerReferences"] = owners
     spec, stood = body["spec"], live["spec"]
+    orphan = "" if "gcsFaultToleranceOptions" in spec else REDIS_FINALIZER
+    if finalizers := [one for one in was.get("finalizers", []) if one != orphan]:
+        meta["finalizers"] = finalizers
     if "suspend" in stood:  # Kueue's
         spec["suspend"] = stood["suspend"]
     if spec.get("enableInTreeAutoscaling"):

@@ -138,16 +138,27 @@ def test_somebody_who_writes_all_the_time_is_not_waited_for_for_ever(kube: Kuber
 def test_groups_that_are_gone_go_and_suspension_and_finalizers_stay() -> None:
     live = ray_cluster(render(FEATURES["more_groups"]))
     live["spec"]["suspend"] = True
-    live["metadata"] |= {"finalizers": ["ray.io/gcs-ft-redis-cleanup-finalizer"], "resourceVersion": "7", "uid": "u"}
+    live["metadata"] |= {"finalizers": ["somebody/else"], "resourceVersion": "7", "uid": "u"}
     live["metadata"]["annotations"] = {"somebody/else": "x"}
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OWNER, "uid": "o"}
     body = merged(ray_cluster(render()), live, [owner])
     assert [group["groupName"] for group in body["spec"]["workerGroupSpecs"]] == ["learner", "rollout", "verifier"]
     assert body["spec"]["suspend"] is True
-    assert body["metadata"]["finalizers"] == ["ray.io/gcs-ft-redis-cleanup-finalizer"]
+    assert body["metadata"]["finalizers"] == ["somebody/else"]
     assert body["metadata"]["annotations"] == {"somebody/else": "x"}
     assert body["metadata"]["resourceVersion"] == "7"
     assert body["metadata"]["ownerReferences"] == [owner]
+
+
+def test_without_fault_tolerance_the_finalizer_that_kuberay_would_not_remove_goes(kube: Kubernetes) -> None:
+    """KubeRay looks at it only in clusters with gcsFaultToleranceOptions: any other could never be deleted."""
+    redis = "ray.io/gcs-ft-redis-cleanup-finalizer"
+    bring(FEATURES["redis"])
+    kube.change("RayCluster", CLUSTER, lambda cluster: cluster["metadata"].update(finalizers=[redis, "somebody/else"]))
+    bring(overlaid(FEATURES["redis"], {"ray": {"groups": {"rollout": {"max": 7}}}}))
+    assert kube.get("RayCluster", CLUSTER)["metadata"]["finalizers"] == [redis, "somebody/else"]
+    bring()
+    assert kube.get("RayCluster", CLUSTER)["metadata"]["finalizers"] == ["somebody/else"]
 
 
 def test_a_cluster_that_an_uninstalled_release_left_does_not_go_with_it(kube: Kubernetes) -> None:
