@@ -49,10 +49,10 @@ class Client:
         return self._transport.base_url
 
     def ready(self) -> dict[str, Any]:
-        """What `/readyz` says, asked once: `status` is ready, or degraded (the cluster is down). Needs no key.
+        """What `/readyz` says, asked once: `status` is ready, or degraded (cluster or disk are down). Needs no key.
 
         Raises:
-            Unavailable: database or disk are down; the message tells which.
+            Unavailable: the database is down; the message tells what else is.
             ConnectionFailed: nobody answers.
         """
         with self._transport.stream("GET", "/readyz", public=True, also=frozenset({503})) as response:

@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from sapo_ray import __version__
 from sapo_ray.control import documents, problems
 from sapo_ray.control.access import Gate
+from sapo_ray.control.disk import DataDisk
 from sapo_ray.control.edge import Edge
 from sapo_ray.control.launcher import Launcher
 from sapo_ray.control.routes import ROUTERS
@@ -40,9 +41,10 @@ def create_app(settings: Settings, store: Store, launcher: Launcher) -> FastAPI:
     """
     gate = Gate(store, settings)
     watcher = Watcher(store, interval_s=settings.watch_interval_s, most_per_tenant=settings.max_streams_per_tenant)
-    telemetry = Telemetry(store, lambda: watcher.open_streams)
+    disk = DataDisk(settings.data_dir, settings.min_free_gb)
+    telemetry = Telemetry(store, lambda: watcher.open_streams, disk.usable)
     control = Control(
-        settings=settings, store=store, launcher=launcher, gate=gate, watcher=watcher, telemetry=telemetry
+        settings=settings, store=store, launcher=launcher, disk=disk, gate=gate, watcher=watcher, telemetry=telemetry
     )
     app = FastAPI(
         title="sapo-ray",

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from sapo_ray.api.jobs import Job
 from sapo_ray.control import body, paths, views
 from sapo_ray.control.access import Caller, Gate
+from sapo_ray.control.disk import DataDisk
 from sapo_ray.control.launcher import Launcher
 from sapo_ray.control.problems import Refused, not_found
 from sapo_ray.control.rooms import Rooms
@@ -31,6 +32,7 @@ class Control:
     settings: Settings
     store: Store
     launcher: Launcher
+    disk: DataDisk
     gate: Gate
     watcher: Watcher
     telemetry: Telemetry

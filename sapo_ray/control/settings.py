@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     stream_heartbeat_s: Seconds = 15.0
     """A comment goes down an event stream that often."""
     min_free_gb: Annotated[float, Field(ge=0)] = 0.5
-    """Free space in data_dir below which uploads are refused and the service is not ready."""
+    """Free space in data_dir below which uploads are refused, and the service is degraded."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe lines that are logged."""

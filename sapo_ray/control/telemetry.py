@@ -30,7 +30,7 @@ _STATES: tuple[str, ...] = State.__args__  # type: ignore[attr-defined]
 class Telemetry:
     """The metrics of one application; `registry` is what /metrics shows."""
 
-    def __init__(self, store: Store, open_streams: Callable[[], int]) -> None:
+    def __init__(self, store: Store, open_streams: Callable[[], int], disk_usable: Callable[[], bool]) -> None:
         self.registry = CollectorRegistry()
         self._requests = Histogram(
             "sapo_http_request_seconds",
@@ -47,6 +47,12 @@ class Telemetry:
         )
         streams = Gauge("sapo_event_streams", "Event streams open on this process.", registry=self.registry)
         streams.set_function(open_streams)
+        disk = Gauge(
+            "sapo_disk_up",
+            "Whether the data folder could be reached at this scrape, and has SAPO_MIN_FREE_GB.",
+            registry=self.registry,
+        )
+        disk.set_function(disk_usable)
         self.registry.register(_FromTheStore(store))
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:

@@ -55,7 +55,7 @@ def check_storage(folder: Path, min_free_gb: float, where: str = "here") -> Find
         return Finding(check="storage", status="failed", detail=f"{folder}: {error}", remedy=remedy, where=where)
     detail = f"{folder}: write, fsync, rename and lock work; fsync {fsync_s * 1000:.0f} ms, {free / 1e9:.1f} GB free"
     if free < min_free_gb * 1e9:
-        remedy = f"make room: the service is not ready below SAPO_MIN_FREE_GB={min_free_gb:g}"
+        remedy = f"make room: uploads are refused below SAPO_MIN_FREE_GB={min_free_gb:g}, and jobs hold on a full disk"
         return Finding(check="storage", status="failed", detail=detail, remedy=remedy, where=where)
     if fsync_s > SLOW_FSYNC_S:
         remedy = "use faster storage: the journal of a run is synced at least once a step"

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,49 @@ def test_readiness_tells_which_dependency_is_down_and_health_looks_at_none(
         {"status": "not_ready", "checks": up | {"database": "down"}},
     )
     assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("fault", ["full", "not there", "hangs"])
+def test_a_disk_that_is_full_or_away_leaves_the_service_to_the_drivers_that_hold_for_it(
+    fault: str, connect: Connect, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, freed = connect(min_free_gb=1e9 if fault == "full" else 0), threading.Event()
+    job_id = submitted(client)
+    token = started(store, job_id)
+    if fault == "not there":
+        (tmp_path / "data").rename(tmp_path / "away")
+    if fault == "hangs":
+        monkeypatch.setattr("sapo_ray.control.disk.shutil.disk_usage", lambda _: freed.wait(120))
+    try:
+        answer = client.get("/readyz", timeout=60)
+        checks = {"database": "ok", "disk": "down", "cluster": "ok"}
+        assert (answer.status_code, answer.json()) == (200, {"status": "degraded", "checks": checks})
+        assert deliver(client, job_id, token, 1).status_code == 200
+        told = text_string_to_metric_families(client.get("/metrics").text)
+        assert {one.name: one.samples[0].value for one in told if one.name == "sapo_disk_up"} == {"sapo_disk_up": 0}
+    finally:
+        freed.set()
+
+
+def test_a_disk_that_hangs_is_asked_by_one_thread_and_not_waited_for(
+    admin: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed, entered = threading.Event(), threading.Semaphore(0)
+
+    def hang(_: object) -> None:
+        entered.release()
+        freed.wait(120)
+
+    monkeypatch.setattr("sapo_ray.control.disk.shutil.disk_usage", hang)
+    try:
+        for path in ("/readyz", "/metrics", "/readyz", "/metrics"):
+            began = time.monotonic()
+            assert admin.get(path).status_code == 200
+            assert time.monotonic() - began < 3 * 2, "two seconds are promised, and a probe has ten"
+        assert entered.acquire(timeout=0)
+        assert not entered.acquire(timeout=0)
+    finally:
+        freed.set()
 
 
 def test_without_the_database_everything_is_503_and_afterwards_everything_is_there(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -16,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sapo_ray.api.jobs import Wire
 from sapo_ray.control.access import Admin
+from sapo_ray.control.disk import LOOK_S
 from sapo_ray.control.documents import keyed, problems
 from sapo_ray.control.launcher import LauncherUnavailable
 from sapo_ray.control.problems import Refused
@@ -29,7 +29,7 @@ LOOK_EVERY_S = 1.0
 """These endpoints are public: however often they are asked, database and cluster are looked at once a second."""
 UNASKED_S = 30.0
 """Nobody asked for so long: nothing is looked at until somebody does."""
-BOUNDS_S = {"database": 5.0, "disk": 5.0, "cluster": 2.0}
+BOUNDS_S = {"database": 5.0, "disk": LOOK_S, "cluster": 2.0}
 """What has not answered by then is down, until it answers."""
 Up = Literal["ok", "down"]
 
@@ -47,7 +47,7 @@ class Checks(Wire):
     database: Up
     """The job store answers, and has its tables."""
     disk: Up
-    """The data folder can be reached, and has room."""
+    """The data folder can be reached, and has room. While it is down jobs hold or wait, and uploads are refused."""
     cluster: Up
     """Ray's Jobs API answers. While it is down jobs are accepted and queued."""
 
@@ -56,7 +56,7 @@ class Ready(Wire):
     """Whether requests are served."""
 
     status: Literal["ready", "degraded", "not_ready"]
-    """degraded: jobs are accepted, but none is launched. not_ready: requests fail."""
+    """degraded: requests are served, but without cluster or disk jobs wait. not_ready: requests fail."""
     checks: Checks
     """Each dependency."""
 
@@ -135,7 +135,11 @@ async def healthz() -> Response:
     responses={**problems(), 503: {"description": "Not ready.", "model": Ready}},
 )
 async def readyz(request: Request) -> Response:
-    """Public, so it says no more than which: 503 if database or disk are down, 200 `degraded` if only the cluster."""
+    """Public, so it says no more than which: 503 if the database is down, 200 `degraded` if only others are.
+
+    Whoever sends requests only to replicas that are ready must not cut off all of them for what they share and can do
+    without: drivers that hold for a full disk report here, and would be given up for their silence.
+    """
     readiness: Readiness = request.app.state.readiness
     found = await readiness.ask()
     return respond(found, 503 if found.status == "not_ready" else 200)
@@ -159,9 +163,9 @@ def metrics(caller: Admin, control: The) -> Response:
 
 
 def _ready(checks: Checks) -> Ready:
-    if "down" in (checks.database, checks.disk):
+    if checks.database == "down":
         return Ready(status="not_ready", checks=checks)
-    return Ready(status="degraded" if checks.cluster == "down" else "ready", checks=checks)
+    return Ready(status="degraded" if "down" in (checks.disk, checks.cluster) else "ready", checks=checks)
 
 
 def _database(control: Control) -> Up:
@@ -173,11 +177,7 @@ def _database(control: Control) -> Up:
 
 
 def _disk(control: Control) -> Up:
-    try:
-        free = shutil.disk_usage(control.settings.data_dir).free
-    except OSError:
-        return "down"
-    return "ok" if free >= control.settings.min_free_gb * 1e9 else "down"
+    return "ok" if control.disk.usable() else "down"
 
 
 def _cluster(control: Control) -> Up:
