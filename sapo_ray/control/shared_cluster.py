@@ -7,28 +7,36 @@
 Ray's autoscaler writes into the same object (`replicas`, `workersToDelete`), inside a list that Kubernetes treats as
 one value: whoever applies a manifest of its own meets conflicts there, or undoes what the autoscaler decided. So the
 object is read, merged and written back under its resource version, and again if somebody else was quicker.
+
+The manifest that was written last stands in an annotation: what it had and the new one has not goes, what neither has
+is somebody else's and stays (defaults of the API server, what Kueue adds to pods).
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from sapo_ray.control.kube.client import CONFIGMAPS, RAYCLUSTERS, Conflict, KubeClient
+from sapo_ray.control.kube.client import CONFIGMAPS, RAYCLUSTERS, Conflict, KubeClient, Rejected
 from sapo_ray.errors import ConfigError, ResourceError
 
 TRIES = 8
 """Writes that may meet somebody else's; the autoscaler writes once in some seconds."""
 WRITTEN = "sapo-ray.io/manifest"
-"""Annotation: fingerprint of the manifest that was written last."""
+"""Annotation: the manifest that was written last, as JSON."""
 
 REDIS_FINALIZER = "ray.io/gcs-ft-redis-cleanup-finalizer"
 """With it KubeRay clears Redis before a cluster goes; it takes it away only from clusters that have a Redis."""
+KUEUE = "kueue.x-k8s.io/"
+QUEUE = KUEUE + "queue-name"
+SHARED = frozenset({"labels", "annotations", "nodeSelector", "tolerations", "schedulingGates"})
+"""Parts of a pod template to which others add, also where the manifest has no such part any more."""
+IDENTITIES = ("groupName", "mountPath", "name")
+"""By one of them the items of a list are told apart."""
 
 Outcome = Literal["created", "changed", "unchanged"]
 Manifest = dict[str, Any]
@@ -62,53 +70,111 @@ def _tried(api: KubeClient, manifest: Manifest, owner: str) -> Outcome:
         raise ResourceError(f"RayCluster {name} is being deleted, and can be made anew once it is gone; try again")
     # That of an earlier release goes at any moment with the ConfigMap that it belonged to, unless it gets this one.
     owned = {one.get("uid") for one in meta.get("ownerReferences", [])} == {owners[0]["uid"]}
-    if owned and meta.get("annotations", {}).get(WRITTEN) == fingerprint(manifest):
+    if owned and meta.get("annotations", {}).get(WRITTEN) == canonical(manifest):
         return "unchanged"
-    if api.replace(RAYCLUSTERS, name, merged(stamped(manifest), live, owners)) is None:
+    body = merged(manifest, live, owners)
+    try:
+        done = api.replace(RAYCLUSTERS, name, body)
+    except Rejected as error:
+        if _kueue(live["metadata"]) == _kueue(body["metadata"]):
+            raise
+        raise Rejected(
+            f"{error}; Kueue does not let a cluster that is there change its queue or way of scaling: pause the jobs, "
+            f"`kubectl -n {manifest['metadata']['namespace']} delete raycluster {name}`, and it is made anew"
+        ) from error
+    if done is None:
         raise Conflict(f"RayCluster {name} was deleted meanwhile")
     return "changed"
 
 
 def merged(manifest: Manifest, live: Mapping[str, Any], owners: list[dict[str, str]]) -> Manifest:
-    """The manifest with what others decided: sizes of groups that scale themselves, suspension, finalizers.
+    """The manifest with what others decided: sizes of groups that scale themselves, suspension, finalizers, additions.
 
-    `live` is not being deleted.
+    `live` is not being deleted. Where it has no manifest that was written last, its spec is as if all of it had been.
     """
-    body = copy.deepcopy(manifest)
+    body, before = stamped(manifest), written(live)
     meta, was = body["metadata"], live["metadata"]
+    queues = [one["metadata"].get("labels", {}).get(QUEUE) for one in (before or live, manifest)]
+    left = queues[0] is not None and queues[1] is None
     for key in ("labels", "annotations"):
-        meta[key] = {**was.get(key, {}), **meta.get(key, {})}
+        own = meta.get(key, {})
+        found = three_way((before or {"metadata": {}})["metadata"].get(key), own, was.get(key, {}))
+        meta[key] = {name: value for name, value in found.items() if name in own or not (left and KUEUE in name)}
     for key in ("resourceVersion", "uid"):
         if key in was:
             meta[key] = was[key]
     meta["ownerReferences"] = owners
-    spec, stood = body["spec"], live["spec"]
+    stood = live["spec"]
+    spec = body["spec"] = three_way((before or live)["spec"] if not left else stood, body["spec"], stood)
     orphan = "" if "gcsFaultToleranceOptions" in spec else REDIS_FINALIZER
     if finalizers := [one for one in was.get("finalizers", []) if one != orphan]:
         meta["finalizers"] = finalizers
-    if "suspend" in stood:  # Kueue's
+    if "suspend" in stood and not left:  # Kueue's, or somebody's who stopped the cluster by hand
         spec["suspend"] = stood["suspend"]
-    if spec.get("enableInTreeAutoscaling"):
-        groups = {group["groupName"]: group for group in stood.get("workerGroupSpecs", [])}
-        for group in spec.get("workerGroupSpecs", []):
-            if before := groups.get(group["groupName"]):
-                replicas = before.get("replicas", group["minReplicas"])
-                group["replicas"] = max(group["minReplicas"], min(group["maxReplicas"], replicas))
-                if "scaleStrategy" in before:
-                    group["scaleStrategy"] = before["scaleStrategy"]
+    groups = {group["groupName"]: group for group in stood.get("workerGroupSpecs", [])}
+    for group in spec.get("workerGroupSpecs", []):
+        group.pop("scaleStrategy", None)
+        if (there := groups.get(group["groupName"])) and spec.get("enableInTreeAutoscaling"):
+            replicas = there.get("replicas", group["minReplicas"])
+            group["replicas"] = max(group["minReplicas"], min(group["maxReplicas"], replicas))
+            if "scaleStrategy" in there:
+                group["scaleStrategy"] = there["scaleStrategy"]
     return body
+
+
+def three_way(before: Any, wanted: Any, live: Any, name: str = "") -> Any:
+    """`wanted`, with what `live` has and neither `before` nor `wanted` knows. `name` is that of the part."""
+    if isinstance(wanted, dict) and isinstance(live, dict):
+        old: Any = before if isinstance(before, dict) else {}
+        found = {key: three_way(old.get(key), value, live.get(key), key) for key, value in wanted.items()}
+        for key in (key for key in live if key not in wanted):
+            if key not in old:
+                found[key] = copy.deepcopy(live[key])
+            elif key in SHARED and (rest := three_way(old[key], type(live[key])(), live[key], key)):
+                found[key] = rest
+        return found
+    if isinstance(wanted, list) and isinstance(live, list):
+        old = before if isinstance(before, list) else []
+        if name in SHARED:
+            return wanted + [one for one in live if one not in wanted and one not in old]
+        tables = (_table(old), _table(wanted), _table(live))
+        if None not in tables:
+            return list(three_way(*tables).values())
+    return copy.deepcopy(wanted)
+
+
+def _table(items: list[Any]) -> dict[str, Any] | None:
+    """Items by what tells them apart, if something does."""
+    for key in IDENTITIES:
+        found = {one[key]: one for one in items if isinstance(one, dict) and key in one}
+        if len(found) == len(items):
+            return found
+    return None
+
+
+def _kueue(meta: Mapping[str, Any]) -> dict[str, str]:
+    return {k: v for key in ("labels", "annotations") for k, v in meta.get(key, {}).items() if k.startswith(KUEUE)}
 
 
 def stamped(manifest: Manifest) -> Manifest:
-    """The manifest with its own fingerprint in it."""
+    """The manifest with itself in it."""
     body = copy.deepcopy(manifest)
-    body["metadata"].setdefault("annotations", {})[WRITTEN] = fingerprint(manifest)
+    body["metadata"].setdefault("annotations", {})[WRITTEN] = canonical(manifest)
     return body
 
 
-def fingerprint(manifest: Manifest) -> str:
-    """Of all that the manifest says."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:32]
+def written(live: Mapping[str, Any]) -> Manifest | None:
+    """The manifest that was written last; None where that is not known."""
+    try:
+        found = json.loads(live["metadata"].get("annotations", {}).get(WRITTEN, ""))
+    except ValueError:
+        return None
+    return dict(found) if isinstance(found, dict) else None
+
+
+def canonical(manifest: Manifest) -> str:
+    """The same text for the same manifest."""
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -3,63 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_server_stand_in import Kubernetes
-from chart_rendering import FEATURES, Object, overlaid, ray_cluster, render
+from applied_cluster import CLUSTER, OWNER, bring, client, in_the_services_pod, scale, sizes
+from chart_rendering import FEATURES, overlaid, ray_cluster, render
 from typer.testing import CliRunner
 
 from sapo_ray.cli.main import app
-from sapo_ray.control.kube import KubeClient
-from sapo_ray.control.kube.client import Rejected, in_cluster_url
+from sapo_ray.control.kube.client import Rejected
 from sapo_ray.control.launcher import LauncherUnavailable
-from sapo_ray.control.shared_cluster import Outcome, apply, merged, read_manifest
+from sapo_ray.control.shared_cluster import WRITTEN, apply, merged, read_manifest, stamped
 from sapo_ray.errors import ConfigError, ResourceError
-
-CLUSTER, OWNER = "demo-sapo-ray-cluster", "demo-sapo-ray-raycluster"
 
 
 @pytest.fixture
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernetes]:
-    """With the chart's objects in it, and this process as the service's pod."""
-    kube = Kubernetes(tmp_path)
-    kube.install(render())
-    account = kube.account(tmp_path / "account", "demo-sapo-ray-control")
-    monkeypatch.setenv("SAPO_KUBE_ACCOUNT_DIR", str(account))
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(kube.port))
-    yield kube
-    kube.close()
-
-
-def client() -> KubeClient:
-    return KubeClient(in_cluster_url(), Path(os.environ["SAPO_KUBE_ACCOUNT_DIR"]))
-
-
-def bring(values: Object | None = None) -> Outcome:
-    with client() as api:
-        return apply(api, ray_cluster(render(values)), OWNER)
-
-
-def sizes(kube: Kubernetes) -> dict[str, int]:
-    return {
-        group["groupName"]: group["replicas"] for group in kube.get("RayCluster", CLUSTER)["spec"]["workerGroupSpecs"]
-    }
-
-
-def scale(kube: Kubernetes, name: str, replicas: int, victims: list[str]) -> None:
-    """As the autoscaler does."""
-
-    def change(cluster: Object) -> None:
-        for group in cluster["spec"]["workerGroupSpecs"]:
-            if group["groupName"] == name:
-                group |= {"replicas": replicas, "scaleStrategy": {"workersToDelete": victims}}
-
-    kube.change("RayCluster", CLUSTER, change)
+    with in_the_services_pod(tmp_path, monkeypatch) as kube:
+        yield kube
 
 
 def test_the_command_makes_the_cluster_from_the_charts_manifest_and_the_cluster_goes_with_it(
@@ -139,13 +103,14 @@ def test_groups_that_are_gone_go_and_suspension_and_finalizers_stay() -> None:
     live = ray_cluster(render(FEATURES["more_groups"]))
     live["spec"]["suspend"] = True
     live["metadata"] |= {"finalizers": ["somebody/else"], "resourceVersion": "7", "uid": "u"}
-    live["metadata"]["annotations"] = {"somebody/else": "x"}
+    live = stamped(live)
+    live["metadata"]["annotations"]["somebody/else"] = "x"
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": OWNER, "uid": "o"}
     body = merged(ray_cluster(render()), live, [owner])
     assert [group["groupName"] for group in body["spec"]["workerGroupSpecs"]] == ["learner", "rollout", "verifier"]
     assert body["spec"]["suspend"] is True
     assert body["metadata"]["finalizers"] == ["somebody/else"]
-    assert body["metadata"]["annotations"] == {"somebody/else": "x"}
+    assert body["metadata"]["annotations"].keys() == {"somebody/else", WRITTEN}
     assert body["metadata"]["resourceVersion"] == "7"
     assert body["metadata"]["ownerReferences"] == [owner]
 
