@@ -28,8 +28,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
-    """Print rows and ratios; write both to results/<name>.json."""
+def report(name: str, rows: list[dict[str, Any]], ratios: dict[str, float], *, whole: bool = True) -> None:
+    """Print rows and ratios; write both to results/<name>.json, unless it was not the whole benchmark that ran."""
     console = Console(width=140)
     table = Table(*(rows[0]), title=name, title_justify="left")
     for row in rows:
@@ -37,6 +37,8 @@ def report(name: str, rows: list[dict[str, Any]], ratios: dict[str, float]) -> N
     console.print(table)
     for what, value in ratios.items():
         console.print(f"{what}: {value:.3f}", highlight=False)
+    if not whole:
+        return
     RESULTS.mkdir(exist_ok=True)
     content = {"rows": rows, "ratios": ratios, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -57,6 +57,8 @@ from sapo_ray.types import (
 
 GROUPS, SIZE = 4, 8
 """Groups of a worker in a step; completions of a group."""
+WORKERS, STEPS = [10, 100, 1000], 5
+"""Of the whole benchmark."""
 ANSWER_S = (0.05, 0.25)
 
 
@@ -244,8 +246,8 @@ async def measure(workers: int, steps: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -259,7 +261,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", "--workers", str(workers), "--steps", str(arguments.steps)]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     cost = [row["ms a group"] for row in rows]
-    report("scale", rows, {"ms a group, most workers / fewest": cost[-1] / cost[0]})
+    whole = (arguments.workers, arguments.steps) == (WORKERS, STEPS)
+    report("scale", rows, {"ms a group, most workers / fewest": cost[-1] / cost[0]}, whole=whole)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from sapo_ray.driver.rundir import stop_if_superseded
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One attempt of a run, from its first line in the journal to its last."""
+    """One attempt of a run, once it is in the journal."""
 
     spec: JobSpec
     number: int
@@ -26,8 +26,8 @@ class Attempt:
     pulse: Pulse
 
     def stop_if_superseded(self) -> None:
-        """Raise Superseded if a later attempt has the run."""
-        stop_if_superseded(self.run_dir, self.number)
+        """Raise Superseded if a later attempt has the run: nothing more is written then."""
+        stop_if_superseded(self.run_dir, self.journal)
 
     async def sync(self) -> None:
         """The journal is durable when this returns, however long that takes on a full disk. Raises as the hold does."""

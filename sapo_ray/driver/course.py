@@ -1,4 +1,5 @@
-"""Where an attempt is, and what its time goes into. The loop, `Cuts` and `Recovery` write it; others read."""
+"""Where an attempt is, and what its time goes into. The loop, `Cuts` and `Recovery` count steps and
+lineages, and whoever works in a phase its seconds."""
 
 from __future__ import annotations
 

@@ -65,12 +65,12 @@ class Cuts:
             return None
         with self._course.phase("restore"):
             state = DriverState.read(checkpoint, self._prompts.fingerprint, spec_hash(self._attempt.spec))
+            if not self._course.lineage:  # before the learner may be lost once more, while it loads
+                self._course.seconds.update(state.seconds)
             with self._attempt.pulse.at("learner", "restore", f"loading {checkpoint.name}"):
                 await self._learner.load(checkpoint / "learner")
         self._course.step, self._course.updates = state.step, state.updates
         self._held_out.restored(state.before)
-        if not self._course.lineage:
-            self._course.seconds.update(state.seconds)
         self._prompts.restore(state.prompts)
         return state, checkpoint
 

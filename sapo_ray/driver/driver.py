@@ -106,6 +106,8 @@ class Driver:
             self._course.seconds, self._collector, self._intake.window, spec.rollout.prompts_per_step
         )
         self._published: Published | None = None
+        self._under_way = False
+        """A step is: it has begun, and its weights are not with the workers yet."""
 
     async def run(self, checkpoint: Path | None) -> Outcome:
         """Train to the last step, from the start or from `checkpoint`; or until an order ends it before that."""
@@ -114,20 +116,21 @@ class Driver:
 
     async def _run(self, checkpoint: Path | None) -> Outcome:
         ending: Ending | None
-        after, abandoned = None, False
+        after = None
         try:
-            cut = await self._begin(checkpoint)
+            async with self._orders.heeded(self._orders.start_patience(has_checkpoint=checkpoint is not None)):
+                cut = await self._begin(checkpoint)
             try:
                 async with self._orders.heeded(self._orders.step_patience):
                     ending = await self._train_on(cut)
                     if ending is None:
                         after = await self._finish()
-            except Ended as order:  # the step under way was abandoned
-                ending, abandoned = order.state, True
+            except Ended as order:
+                ending = order.state
             assert self._published is not None
             return Outcome(
                 ending=ending,
-                abandoned=abandoned,
+                abandoned=self._under_way,
                 steps=self._published.manifest.version.number,
                 before=self._held_out.comparable(),
                 after=after,
@@ -154,9 +157,11 @@ class Driver:
             self._attempt.stop_if_superseded()
             began = time.monotonic()
             self._load.begin()
+            self._under_way = True
             batch = await self._next_batch()
             metrics = await self._train(batch)
             metrics |= await self._publish()
+            self._under_way = False
             metrics["seconds/step"] = time.monotonic() - began
             metrics |= self._scaling.step(self._load.end())
             self._intake.window.release()
@@ -175,7 +180,7 @@ class Driver:
         if self._course.updates == 0:
             raise TrainingFailed("no optimizer update was made: each had a gradient that was not finite")
         after = await self._held_out.last()
-        await self._recording.add(self._held_out.metrics())
+        await self._recording.add(self._held_out.take_metrics())
         return after
 
     async def _pause(self) -> Ending:
@@ -291,7 +296,7 @@ class Driver:
 
     async def _record(self, batch: Batch, metrics: dict[str, float]) -> None:
         """The step is on record, and the guard has seen it, before the next one."""
-        metrics |= self._held_out.metrics()
+        metrics |= self._held_out.take_metrics()
         metrics["rollout/ahead"] = float(self._guard.ahead)
         for condition in self._guard.look(self._course.step, metrics):
             self._journal.event("condition", **condition)

@@ -15,21 +15,14 @@ from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.result import Outcome
 from sapo_ray.errors import DeadlineExceeded
 from sapo_ray.learner.export import export_hf
-from sapo_ray.learner.group import LearnerGroup
 
 
-async def export(
-    outcome: Outcome, learner: LearnerGroup, model_path: Path, folder: Path, journal: Journal, limit_s: float
-) -> Outcome:
-    """Write the trained model from the published buffer; only after a native push is the learner asked for one."""
+async def export(outcome: Outcome, model_path: Path, folder: Path, journal: Journal, limit_s: float) -> Outcome:
+    """Write the trained model from the published buffer, which every transport leaves: the learner may be gone."""
     began = time.monotonic()
     journal.event("phase", phase="export")
     published = outcome.published
-    if not published.buckets and outcome.abandoned:
-        journal.event("condition", condition="NotExported", reason="the learner ended with the step that was abandoned")
-        return outcome
-    if not published.buckets:
-        published = await learner.publish(published.manifest.version)
+    assert published.buckets
     writing = ray.remote(num_cpus=0)(export_hf)
     try:
         async with asyncio.timeout(limit_s):

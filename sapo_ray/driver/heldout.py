@@ -43,7 +43,7 @@ class HeldOut:
         """Go on from the start: the first step's metrics have the accuracy before it, as they had."""
         self._metrics = {} if self.before is None else self.before.metrics()
 
-    def metrics(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float]:
         """Of the newest evaluation, once."""
         metrics, self._metrics = self._metrics, {}
         return metrics

@@ -84,7 +84,7 @@ class DiskHold:
                 if self._orders.ending is not None:
                     raise Ended(self._orders.ending)
                 time.sleep(min(left, ORDERS_S))
-            stop_if_superseded(self._run_dir, self._journal.attempt)
+            stop_if_superseded(self._run_dir, self._journal)
 
     async def call(self, write: Callable[[], None]) -> None:
         """As `through`, for a write that takes no time worth waiting for."""
@@ -127,7 +127,7 @@ class DiskHold:
                         "pauses, or cancel it, which keeps the newest checkpoint"
                     )
                 await asyncio.sleep(min(left, ORDERS_S))
-            stop_if_superseded(self._run_dir, self._journal.attempt)
+            stop_if_superseded(self._run_dir, self._journal)
             if self._take_reserve() is None:
                 return
 

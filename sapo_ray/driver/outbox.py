@@ -31,7 +31,7 @@ class Outbox:
         """At most `count` events from `first_seq` on, out of the journal's first `end` bytes.
 
         Raises:
-            CheckpointError: a line of the journal cannot be read.
+            CheckpointError: a line of the journal cannot be read, or is not there any more.
         """
         if first_seq < self._next:
             self._offset, self._next = self._start, 1
@@ -41,6 +41,10 @@ class Outbox:
             size = 0
             while offset < end and len(found) < count and size < BATCH_BYTES:
                 line = file.readline()
+                if not line:
+                    raise CheckpointError(
+                        f"{self._path} has {offset} bytes, though {end} were durable: somebody cut it short"
+                    )
                 event = self._event(line, offset)
                 if event is not None and event["seq"] >= first_seq:
                     if size + len(line) > BATCH_BYTES and found:

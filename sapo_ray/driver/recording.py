@@ -76,7 +76,7 @@ class Recording:
     async def _keep_samples(self, batch: Batch) -> None:
         """Texts of the first groups of the batch, for people to read."""
         groups = batch.groups[: self._attempt.spec.logging.sample_groups]
-        made = {"step": self._course.step, "attempt": self._attempt.number}
+        made = {"step": self._course.step, "attempt": self._attempt.number, "version": str(self._course.version)}
         rows = [{**made, **row} for row in sample_rows(groups)]
         if not rows:
             return

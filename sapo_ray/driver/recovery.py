@@ -84,8 +84,9 @@ class Recovery:
 
     async def _count(self, error: SapoRayError) -> None:
         if self._losses is None:
-            earlier = asyncio.to_thread(losses_before, self._journal.path, self._journal.attempt)
-            self._losses = await earlier if self._journal.attempt > 1 else 0
+            self._losses = 0
+            if self._journal.attempt > 1:
+                self._losses = await asyncio.to_thread(losses_before, self._journal.path, self._journal.attempt)
         self._losses += 1
         if self._losses > RESTARTS:
             raise TrainingFailed(

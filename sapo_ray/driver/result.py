@@ -34,7 +34,7 @@ class Outcome:
     ending: Ending | None
     """The order that ended it before its last step, if one did."""
     abandoned: bool
-    """That order did not wait for the step under way; its learner is gone."""
+    """That order cut a step short."""
     steps: int
     before: Evaluation | None
     after: Evaluation | None

@@ -22,7 +22,7 @@ from typing import Any
 from sapo_ray.config.load import to_json
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.files import write_text
-from sapo_ray.driver.journal import last_attempt
+from sapo_ray.driver.journal import Journal, last_attempt
 from sapo_ray.errors import CheckpointError, ConfigError, Superseded
 
 HOLD_RETRY_S = 0.5
@@ -138,10 +138,14 @@ def superseded(run_dir: Path, attempt: int) -> bool:
     return _newest_attempt(run_dir / "attempt") > attempt
 
 
-def stop_if_superseded(run_dir: Path, attempt: int) -> None:
-    """Raise Superseded if a later attempt has taken the run over."""
-    if superseded(run_dir, attempt):
-        raise Superseded(f"attempt {attempt} of {run_dir} was superseded by a later one, which goes on with the run")
+def stop_if_superseded(run_dir: Path, journal: Journal) -> None:
+    """Raise Superseded if a later attempt has taken the run over; this one's journal takes no more then."""
+    if superseded(run_dir, journal.attempt):
+        error = Superseded(
+            f"attempt {journal.attempt} of {run_dir} was superseded by a later one, which goes on with the run"
+        )
+        journal.fence(error)
+        raise error
 
 
 def _newest_attempt(path: Path) -> int:

@@ -37,14 +37,16 @@ def train_and_export(attempt: Attempt, interrupts: Interrupts) -> Outcome:
     spec, orders, journal = attempt.spec, attempt.orders, attempt.journal
     check_output(spec)
     checkpoints = _checkpoints(attempt)
-    checkpoint = checkpoints.newest()
+    with attempt.pulse.at("checkpoint", "checkpoint", "looking for the newest checkpoint"):
+        checkpoint = checkpoints.newest()
+    attempt.orders.check_start(has_checkpoint=checkpoint is not None)
     for warning in advice(spec):
         journal.event("condition", condition="Advice", reason=warning)
     inputs = _inputs(attempt, has_checkpoint=checkpoint is not None)
     step = step_of(checkpoint) if checkpoint else 0
     with attempt.hold.ready(), trackers_of(spec, attempt.run_dir, step, journal) as trackers:
         run = _run(attempt, inputs, checkpoints, checkpoint, trackers, interrupts)
-        return asyncio.run(_unless_superseded(copied(run, spec, journal, interrupts, attempt.pulse), orders))
+        return asyncio.run(_until_told(copied(run, spec, journal, interrupts, attempt.pulse), orders))
 
 
 def _checkpoints(attempt: Attempt) -> Checkpoints:
@@ -78,8 +80,8 @@ def _inputs(attempt: Attempt, *, has_checkpoint: bool) -> Inputs:
     return inputs
 
 
-async def _unless_superseded(run: Coroutine[Any, Any, Outcome], orders: StandingOrders) -> Outcome:
-    """Orders leave a run the time it takes; another attempt that takes it over leaves none."""
+async def _until_told(run: Coroutine[Any, Any, Outcome], orders: StandingOrders) -> Outcome:
+    """Orders leave a run the time it takes; what ends the attempt from outside, such as a later one, leaves none."""
     async with orders.heeded(lambda _: None):
         return await run
 
@@ -117,14 +119,14 @@ async def _run(
             driver = Driver(attempt, material, parts, checkpoints, trackers)
             outcome = await _driven(driver.run(checkpoint), rollouts, journal)
             outcome.seconds.update({"model": inputs.seconds, "start": started})
-            return await _exported(outcome, attempt, learner, inputs.model_path)
+            return await _exported(outcome, attempt, inputs.model_path)
         finally:
             interrupts.ending()
             beats.cancel()
             await close_all(journal, rollouts=rollouts.close(), verifiers=verifiers.close(), learner=learner.close())
 
 
-async def _exported(outcome: Outcome, attempt: Attempt, learner: LearnerGroup, model: Path) -> Outcome:
+async def _exported(outcome: Outcome, attempt: Attempt, model: Path) -> Outcome:
     """With the trained model written, unless the run is to go on, or its model is not wanted."""
     if outcome.ending == "paused" or (outcome.ending == "cancelled" and attempt.orders.discard):
         return outcome
@@ -132,7 +134,7 @@ async def _exported(outcome: Outcome, attempt: Attempt, learner: LearnerGroup, m
 
     async def exported() -> Outcome:
         with attempt.pulse.at("export", "export", "writing the trained model"):
-            return await export(outcome, learner, model, folder, attempt.journal, limit_s)
+            return await export(outcome, model, folder, attempt.journal, limit_s)
 
     try:
         return await attempt.hold.through(exported)

@@ -107,7 +107,7 @@ async def test_an_export_that_finds_the_disk_full_is_not_tried_again_by_a_new_at
     outcome: Any = SimpleNamespace(published=published, abandoned=False, seconds={})
     journal = Journal(small / "journal.jsonl", 1)
     with pytest.raises(ResourceError, match=rf"export cannot be written .*{WAY_ON}") as refused:
-        await exports.export(outcome, None, Path("m"), small / "export", journal, 5.0)  # type: ignore[arg-type]
+        await exports.export(outcome, Path("m"), small / "export", journal, 5.0)
     assert not isinstance(refused.value, run.RECOVERABLE)
 
 

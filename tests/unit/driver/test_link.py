@@ -404,6 +404,10 @@ def test_an_outbox_reads_back_from_any_number_it_is_asked_for(tmp_path: Path) ->
     journal.sync_now()
     assert read(31, 500) == [31]
     journal.close()
+    whole = journal.durable
+    os.truncate(journal.path, journal.path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=rf"{whole} were durable: somebody cut it short"):
+        outbox.batch(1, whole)
 
 
 def test_orders_are_those_of_the_protocol() -> None:

@@ -15,6 +15,7 @@ from sapo_ray.api.link import Orders, Received
 from sapo_ray.driver import orders as standing
 from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.errors import Superseded
+from sapo_ray.types import Prompt
 
 
 def order(**changes: Any) -> Orders:
@@ -143,6 +144,43 @@ async def test_a_cancel_that_came_before_the_first_step_takes_none(tmp_path: Pat
     outcome = await first.attempt()
     assert (outcome.ending, outcome.steps) == ("cancelled", 0)
     assert first.learner.trained == []
+
+
+async def test_a_cancel_in_an_evaluation_abandons_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "CANCEL_S", 0.1)
+    spec = job(evaluation={"every": 2}, checkpoint=NO_CHECKPOINTS, deadlines={"evaluation_s": 3600})
+    first = bench(tmp_path, spec)
+    measure = first.rollouts.generate
+
+    def ordered(request: Any) -> Any:
+        if request.group_id == "held-out" and first.learner.number == 2:
+            first.orders.receive(order(state="cancel"))
+            first.rollouts.hang = {"held-out"}
+        return measure(request)
+
+    first.rollouts.generate = ordered  # type: ignore[method-assign]
+    first.evaluation = [Prompt(id="held-out", index=0, source="t", text="1+1=", token_ids=(1,), gold="2")]
+    outcome = await asyncio.wait_for(first.attempt(), 20)
+    assert (outcome.ending, outcome.abandoned, outcome.steps) == ("cancelled", False, 2)
+
+
+@pytest.mark.parametrize(("order_", "ends"), [("pause", "paused"), ("cancel, discard", "cancelled")])
+async def test_an_order_does_not_wait_for_a_learner_that_hangs_while_it_loads_a_checkpoint(
+    tmp_path: Path, order_: str, ends: str
+) -> None:
+    first = bench(tmp_path, job(), at2=order(state="pause"))
+    assert (await first.attempt()).ending == "paused"
+    second = first.next_life()
+    second.orders = StandingOrders(order())
+
+    async def hangs(folder: Path) -> None:
+        second.orders.receive(order(state=order_.partition(",")[0], discard="discard" in order_))
+        await asyncio.sleep(3600)
+
+    second.learner.load = hangs  # type: ignore[method-assign]
+    with pytest.raises(Ended) as ended:
+        await asyncio.wait_for(second.attempt(2), 20)
+    assert ended.value.state == ends
 
 
 async def test_a_requested_checkpoint_is_made_once_after_the_step_under_way(tmp_path: Path) -> None:

@@ -185,6 +185,28 @@ async def test_a_restart_counts_the_losses_of_earlier_attempts(tmp_path: Path) -
         await second.attempt(2)
 
 
+async def test_seconds_of_earlier_attempts_outlive_a_learner_that_is_lost_while_it_loads(tmp_path: Path) -> None:
+    first = bench(tmp_path, job(steps=4))
+    first.learner.fail_at = 3
+    with pytest.raises(WorkerLost):
+        await first.attempt(1)
+    [kept] = tmp_path.glob("checkpoints/step-000002/driver.json")
+    before = json.loads(kept.read_text())["state"]["seconds"]["training"]
+    second = first.next_life()
+    second.learner.dies = [("load", 2)]
+    outcome = await second.attempt(2)
+    assert second.learner.restarts == 1
+    assert before < outcome.seconds["training"] < 2 * before + 10
+
+
+async def test_samples_of_an_abandoned_lineage_are_told_apart_by_their_version(tmp_path: Path) -> None:
+    lossy = bench(tmp_path, job(steps=2, checkpoint={"every": 0, "min_free_gb": 0}), ("train", 2))
+    await lossy.attempt()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["version"] for row in rows)) == ["1.1", "1.1.1", "1.2.1"]
+    assert {row["step"] for row in rows if row["version"] in ("1.1", "1.1.1")} == {1}
+
+
 async def test_accuracy_before_training_is_measured_once(tmp_path: Path) -> None:
     held_out = [Prompt(id="eval/t:0:0", index=0, source="t", text="", token_ids=(1,), gold="0")]
     spec = job(checkpoint={"every": 0, "min_free_gb": 0})

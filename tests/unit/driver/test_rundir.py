@@ -9,10 +9,11 @@ import pytest
 from fakes import job
 
 from sapo_ray.driver import run
+from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.result import finished_steps
-from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, superseded, write_spec
+from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, stop_if_superseded, superseded, write_spec
 from sapo_ray.driver.tracking import MetricsFile
-from sapo_ray.errors import CheckpointError, ConfigError, SapoRayError
+from sapo_ray.errors import CheckpointError, ConfigError, SapoRayError, Superseded
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -62,6 +63,18 @@ def test_attempts_count_up_and_supersede_each_other(tmp_path: Path) -> None:
     assert [next_attempt(tmp_path), next_attempt(tmp_path)] == [1, 2]
     assert superseded(tmp_path, 1)
     assert not superseded(tmp_path, 2)
+
+
+def test_a_driver_that_finds_itself_superseded_writes_nothing_from_then_on(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", next_attempt(tmp_path))
+    journal.event("phase", phase="train")
+    stop_if_superseded(tmp_path, journal)
+    next_attempt(tmp_path)
+    with pytest.raises(Superseded, match=r"attempt 1 of .* was superseded by a later one"):
+        stop_if_superseded(tmp_path, journal)
+    with pytest.raises(Superseded):
+        journal.sync_now()
+    assert journal.path.read_bytes() == b""
 
 
 def test_metrics_of_an_abandoned_lineage_are_taken_out_on_resume(tmp_path: Path) -> None:
