@@ -185,6 +185,13 @@ def test_rights_are_those_for_one_cluster() -> None:
         assert account in {None, *(one["metadata"]["name"] for one in objects if one["kind"] == "ServiceAccount")}
 
 
+@pytest.mark.parametrize("name", ["cluster-64gpu", "cluster-per-job"])
+def test_a_pod_that_is_not_ready_holds_up_no_drain(name: str) -> None:
+    budgets = [thing["spec"] for thing in render(CASES[name]) if thing["kind"] == "PodDisruptionBudget"]
+    assert len(budgets) >= 2
+    assert {spec.get("unhealthyPodEvictionPolicy") for spec in budgets} == {"AlwaysAllow"}
+
+
 def test_budgets_keep_one_replica_the_head_and_all_learners() -> None:
     budgets: dict[str, Any] = {
         thing["metadata"]["name"]: thing["spec"]
