@@ -62,7 +62,7 @@ CHECKS: dict[str, tuple[Object, tuple[str, ...]]] = {
     ),
     "PostgreSQL without its secret": (
         {"database": {"kind": "postgresql"}},
-        ("database.postgresql.existingSecret: is empty", "kubectl create secret generic"),
+        ("database.postgresql.existingSecret: is empty", "kubectl -n rl create secret generic"),
     ),
     "storage that is not shared": (
         {"storage": {"accessMode": "ReadWriteOnce"}},

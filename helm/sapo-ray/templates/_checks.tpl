@@ -13,7 +13,7 @@
 {{- $found = append $found (printf "control.replicas: is %d, but with database.kind=sqlite one pod alone may write; set control.replicas=1, or database.kind=postgresql with database.postgresql.existingSecret" (int $v.control.replicas)) -}}
 {{- end -}}
 {{- if and (eq $v.database.kind "postgresql") (not $v.database.postgresql.existingSecret) -}}
-{{- $found = append $found (printf "database.postgresql.existingSecret: is empty, but database.kind=postgresql needs the Secret that holds the database's URL; make it with `kubectl create secret generic sapo-ray-database --from-literal=%s=postgresql+psycopg://user:password@host/name` and name it here" $v.database.postgresql.key) -}}
+{{- $found = append $found (printf "database.postgresql.existingSecret: is empty, but database.kind=postgresql needs the Secret that holds the database's URL; make it with `kubectl -n %s create secret generic sapo-ray-database --from-literal=%s=postgresql+psycopg://user:password@host/name` and name it here" .Release.Namespace $v.database.postgresql.key) -}}
 {{- end -}}
 {{- if not $v.singleNode -}}
 {{- if $v.storage.hostPath -}}
@@ -92,6 +92,7 @@
 {{- end -}}
 {{- $found = concat $found (fromYaml (include "sapo-ray.groupChecks" .)).found -}}
 {{- end -}}
+{{- $found = concat $found (fromYaml (include "sapo-ray.secretChecks" .)).found -}}
 {{- if $found -}}
 {{- fail (printf "\n\nThese values cannot work:\n  - %s\n" (join "\n  - " $found)) -}}
 {{- end -}}
