@@ -135,6 +135,9 @@ class OwnCluster:
 class ClusterLauncher(Launcher, Protocol):
     """A launcher that makes a cluster for each driver. All calls are bounded and raise LauncherUnavailable."""
 
+    def lacking(self) -> list[str]:
+        """Rights that are needed and not granted, as `create secrets`; empty if all are."""
+
     def clusters(self) -> list[OwnCluster]:
         """Those that there are."""
 

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import crd_schemas
 import kube_schemas
-from api_server_tools import Failure, certificate, json_patch, merge
+from api_server_tools import REVIEWS, Failure, certificate, granted, json_patch, merge, review
 
 Object = dict[str, Any]
 ADMIN = "admin"
@@ -209,8 +209,11 @@ class Kubernetes:
         }
 
     def _may(self, user: str, verb: str, plural: str, namespace: str, name: str) -> bool:
-        if user == ADMIN:
-            return True
+        group = KINDS[plural][0].rpartition("/")[0]
+        return user == ADMIN or granted(self.rules(user, namespace), verb, group, plural, name)
+
+    def rules(self, user: str, namespace: str) -> list[Object]:
+        """What Roles grant an account."""
         _, where, account = user.split(":")
         with self._lock:
             bindings = [
@@ -220,15 +223,14 @@ class Kubernetes:
             ]
             subject = {"kind": "ServiceAccount", "name": account, "namespace": where}
             roles = [one["roleRef"]["name"] for one in bindings if subject in one["subjects"]]
-            rules = [rule for role in roles for rule in self.objects["roles", namespace, role]["rules"]]
-        group = KINDS[plural][0].rpartition("/")[0]
-        return any(
-            group in rule["apiGroups"]
-            and plural in rule["resources"]
-            and verb in rule["verbs"]
-            and name in rule.get("resourceNames", [name])
-            for rule in rules
-        )
+            return [rule for role in roles for rule in self.objects["roles", namespace, role]["rules"]]
+
+    def review(self, user: str, body: Object) -> Object:
+        """What an account may do. Raises Failure."""
+        if not user:
+            raise Failure(401, "Unauthorized", "Unauthorized")
+        namespace = body["spec"]["resourceAttributes"]["namespace"]
+        return review(self.rules(user, namespace), namespace, body)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -246,6 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
         match = PATH.match(address.path)
         code, verb, plural, name = 200, "", "", ""
         try:
+            if (self.command, address.path) == ("POST", REVIEWS):
+                self._say(201, self.server_of.review(user, json.loads(raw)))
+                return
             if match is None:
                 raise Failure(404, "NotFound", "the server could not find the requested resource")
             plural, name = match["plural"], match["name"] or ""
@@ -268,6 +273,9 @@ class _Handler(BaseHTTPRequestHandler):
         except Failure as failure:
             code, body = failure.code, failure.body
         self.server_of.log.append((user, verb, f"{plural}/{name}", code))
+        self._say(code, body)
+
+    def _say(self, code: int, body: Object) -> None:
         text = json.dumps(body).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

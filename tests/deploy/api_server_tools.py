@@ -11,6 +11,9 @@ from typing import Any
 Object = dict[str, Any]
 
 
+REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+
+
 class Failure(Exception):
     """Answered as a Status."""
 
@@ -21,6 +24,30 @@ class Failure(Exception):
             **{"message": message, "reason": reason, "code": code, "details": {"name": name} if name else {}},
         }
         self.code = code
+
+
+def granted(rules: list[Object], verb: str, group: str, resource: str, name: str) -> bool:
+    """Whether one of a Role's rules grants it."""
+    return any(
+        group in rule["apiGroups"]
+        and resource in rule["resources"]
+        and verb in rule["verbs"]
+        and name in rule.get("resourceNames", [name])
+        for rule in rules
+    )
+
+
+def review(rules: list[Object], namespace: str, body: Object) -> Object:
+    """A SelfSubjectAccessReview, answered from the rules of the one namespace in which the asker has any."""
+    kinds = ("authorization.k8s.io/v1", "SelfSubjectAccessReview")
+    if (body.get("apiVersion"), body.get("kind")) != kinds:
+        raise Failure(400, "BadRequest", f"{body.get('kind')} is not {kinds[1]}")
+    asked = body["spec"]["resourceAttributes"]
+    if not asked.keys() <= {"verb", "group", "resource", "namespace", "name"}:
+        raise Failure(400, "BadRequest", f"unknown fields in {asked}")
+    right = (asked["verb"], asked["group"], asked["resource"], asked.get("name", ""))
+    allowed = asked["namespace"] == namespace and granted(rules, *right)
+    return body | {"status": {"allowed": allowed}}
 
 
 def merge(into: Object, change: Object) -> Object:

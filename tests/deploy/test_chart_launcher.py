@@ -13,7 +13,8 @@ from chart_rendering import FEATURES, JOB, Object, environment, render, request_
 from sapo_ray.control.kube import KubeClusters
 from sapo_ray.control.launcher import LauncherUnavailable, NotStarted
 from sapo_ray.control.launchers import launchers
-from sapo_ray.control.settings import load_settings
+from sapo_ray.control.settings import Settings, load_settings
+from sapo_ray.doctor.own_clusters import check_kubernetes
 
 OTHER = "job-" + "b" * 20
 
@@ -27,20 +28,23 @@ def kube(tmp_path: Path) -> Iterator[Kubernetes]:
     kube.close()
 
 
-@contextmanager
-def service(kube: Kubernetes, folder: Path) -> Iterator[KubeClusters]:
+def settings_of(kube: Kubernetes, folder: Path) -> Settings:
     """What the service's pod would have, by the environment and the account that the chart gives it."""
     template = folder / "job-cluster.json"
     template.write_text(kube.get("ConfigMap", "demo-sapo-ray-job-cluster")["data"]["job-cluster.json"])
     deployment = kube.get("Deployment", "demo-sapo-ray-control")
     environ = environment(deployment["spec"]["template"]["spec"]["containers"][0])
     account = deployment["spec"]["template"]["spec"]["serviceAccountName"]
-    settings = load_settings(
+    return load_settings(
         **{"shared_cluster": False, "cluster_template": template, "ray_auth_token": "t" * 64, "kube_url": kube.url},
         **{"kube_account_dir": kube.account(folder / "account", account), "kube_owner": environ["SAPO_KUBE_OWNER"]},
         **{"cluster_network_policy": environ["SAPO_CLUSTER_NETWORK_POLICY"], "data_dir": folder / "data"},
     )
-    with launchers(settings, None) as using:
+
+
+@contextmanager
+def service(kube: Kubernetes, folder: Path) -> Iterator[KubeClusters]:
+    with launchers(settings_of(kube, folder), None) as using:
         assert isinstance(using.launcher, KubeClusters)
         yield using.launcher
 
@@ -92,3 +96,54 @@ def test_a_right_that_is_missing_is_named_by_verb_and_resource(kube: Kubernetes,
         pytest.raises(LauncherUnavailable, match=r'cannot create resource "secrets" .*Role must grant this'),
     ):
         launcher.submit(request_of(JOB))
+
+
+RIGHTS = {
+    "rayclusters": ["get", "list", "create", "patch", "delete"],
+    "pods": ["list"],
+    "events": ["list"],
+    "secrets": ["create"],
+    "networkpolicies": ["create"],
+    "deployments": ["get"],
+}
+SHOWN = {
+    "rayclusters": "rayclusters.ray.io",
+    "networkpolicies": "networkpolicies.networking.k8s.io",
+    "deployments": "deployments.apps/demo-sapo-ray-control",
+}
+
+
+def test_the_doctor_is_content_with_the_rights_that_the_chart_grants_and_makes_nothing(
+    kube: Kubernetes, tmp_path: Path
+) -> None:
+    settings, before = settings_of(kube, tmp_path), dict(kube.objects)
+    found = check_kubernetes(settings)
+    assert (found.status, found.remedy) == ("ok", "")
+    assert kube.objects == before
+
+
+@pytest.mark.parametrize(("kind", "verb"), [(kind, verb) for kind, verbs in RIGHTS.items() for verb in verbs])
+def test_the_doctor_names_each_right_that_is_taken_from_the_charts_role(
+    kube: Kubernetes, tmp_path: Path, kind: str, verb: str
+) -> None:
+    def without(role: Object) -> None:
+        taken = [rule for rule in role["rules"] if kind in rule["resources"] and verb in rule["verbs"]]
+        assert len(taken) == 1
+        rest = [name for name in taken[0]["resources"] if name != kind]
+        if rest:
+            role["rules"].append(taken[0] | {"resources": rest})
+        taken[0]["resources"] = [kind]
+        taken[0]["verbs"] = [name for name in taken[0]["verbs"] if name != verb]
+
+    kube.change("Role", "demo-sapo-ray-control", without)
+    found = check_kubernetes(settings_of(kube, tmp_path))
+    assert found.status == "failed"
+    assert found.detail.endswith(f"namespace: {verb} {SHOWN.get(kind, kind)}")
+    assert "docs/kubernetes.md" in found.remedy
+
+
+def test_the_doctor_tells_missing_rights_from_a_missing_operator(kube: Kubernetes, tmp_path: Path) -> None:
+    kube.unknown.add("rayclusters")
+    found = check_kubernetes(settings_of(kube, tmp_path))
+    assert found.status == "failed"
+    assert "is the KubeRay operator installed" in found.detail

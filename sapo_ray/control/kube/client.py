@@ -1,4 +1,4 @@
-"""The Kubernetes API over HTTP, as far as it is needed here: six verbs, bounded, and errors that say what to do.
+"""The Kubernetes API over HTTP, as far as it is needed here: six verbs and a question, bounded; errors say what to do.
 
     no connection, not JSON      --> LauncherUnavailable: the server is away, asked again in the next round
     401, 403, 429, 5xx           --> ClusterUnavailable: so for this one request; what others ask may be granted
@@ -38,6 +38,8 @@ RAYCLUSTERS = "ray.io/v1/rayclusters"
 NETWORKPOLICIES = "networking.k8s.io/v1/networkpolicies"
 DEPLOYMENTS = "apps/v1/deployments"
 PODS, SECRETS, EVENTS, CONFIGMAPS = "v1/pods", "v1/secrets", "v1/events", "v1/configmaps"
+
+REVIEWS = "authorization.k8s.io/v1", "SelfSubjectAccessReview"
 
 Object = dict[str, Any]
 
@@ -134,6 +136,19 @@ class KubeClient:
         """Delete an object and what it owns, in the background; nothing if it is gone."""
         options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
         self._call("DELETE", self._path(resource, name), json=options, absent=name)
+
+    def may(self, verb: str, resource: str, name: str = "") -> bool:
+        """Whether this account has a right in its namespace. Every account may ask this, unless somebody forbade it."""
+        group, _, kind = resource.rpartition("/")
+        right = {"verb": verb, "group": group.rpartition("/")[0], "resource": kind, "namespace": self.namespace}
+        version, review = REVIEWS
+        body = {
+            "apiVersion": version,
+            "kind": review,
+            "spec": {"resourceAttributes": right | ({"name": name} if name else {})},
+        }
+        answer = self._call("POST", f"/apis/{version}/{review.lower()}s", json=body) or {}
+        return (answer.get("status") or {}).get("allowed") is True
 
     def _path(self, resource: str, name: str = "") -> str:
         """`v1/pods`, `ray.io/v1/rayclusters` and the like are kinds; core ones have no group."""

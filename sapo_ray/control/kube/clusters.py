@@ -19,7 +19,7 @@ from typing import NoReturn, Self
 
 import structlog
 
-from sapo_ray.control.kube import identity
+from sapo_ray.control.kube import identity, rights
 from sapo_ray.control.kube import pods as of
 from sapo_ray.control.kube.client import EVENTS, PODS, QUOTA, RAYCLUSTERS, Conflict, KubeClient, Object, Rejected
 from sapo_ray.control.kube.identity import Identity
@@ -82,6 +82,10 @@ class KubeClusters:
     def ping(self) -> None:
         """Return if the API server answers, and lets us see our clusters."""
         self._api.find(RAYCLUSTERS, limit="1")
+
+    def lacking(self) -> list[str]:
+        """Rights that the service needs for clusters and does not have."""
+        return rights.lacking(self._api, self._options)
 
     def submit(self, request: LaunchRequest) -> None:
         """Bring a driver one step nearer to its start; see Launcher."""

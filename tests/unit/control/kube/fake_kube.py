@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import crd_schemas
-from api_server_tools import Failure, merge
+from api_server_tools import REVIEWS, Failure, granted, merge, review
 
 Object = dict[str, Any]
 KINDS = {
@@ -100,6 +100,10 @@ class FakeKube:
         """One request of a client, whole or not at all."""
         url = urlsplit(target)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if (method, url.path) == ("POST", REVIEWS):
+            with self.lock:
+                self._authenticate(headers)
+                return 201, review(self.rules, NAMESPACE, json.loads(raw))
         resource, name = _split(url.path)
         with self.lock:
             self._authorise(method, resource, name, headers)
@@ -122,14 +126,17 @@ class FakeKube:
             self.delete(resource, name)
             return 200, {"kind": "Status", "status": "Success"}
 
-    def _authorise(self, method: str, resource: str, name: str, headers: Any) -> None:
+    def _authenticate(self, headers: Any) -> None:
         if (headers["Authorization"] or "").removeprefix("Bearer ") not in self.tokens:
             raise Failure(401, "Unauthorized", "Unauthorized")
+
+    def _authorise(self, method: str, resource: str, name: str, headers: Any) -> None:
+        self._authenticate(headers)
         verbs = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}
         verb = verbs.get(method) or ("get" if name else "list")
         group, _, plural = resource.rpartition("/")
         group = group.rpartition("/")[0]
-        if not any(group in r["apiGroups"] and plural in r["resources"] and verb in r["verbs"] for r in self.rules):
+        if not granted(self.rules, verb, group, plural, name):
             raise Failure(403, "Forbidden", f'{plural} is forbidden: User "sapo" cannot {verb} resource "{plural}"')
         self.used.add((plural, verb))
 

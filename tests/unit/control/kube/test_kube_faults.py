@@ -276,14 +276,14 @@ def doctor(kube: KubeWorld, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
 def test_the_doctor_asks_the_kubernetes_api(kube: KubeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = doctor(kube, monkeypatch)
     assert code == 0
-    assert "the Kubernetes API shows the service those that are its own" in said
+    assert "grants all rights that they need" in said
     assert "each job has a Ray of its own" in said
     assert kube.clusters() == {}
     kube.kube.rules.pop(0)
     code, said = doctor(kube, monkeypatch)
     assert code == 1
-    assert 'cannot list resource "rayclusters"' in said
-    assert "needs the rights that docs/kubernetes.md lists" in said
+    assert all(f"{verb} rayclusters.ray.io" in said for verb in ("get", "list", "create", "patch", "delete"))
+    assert "needs the rules that docs/kubernetes.md lists" in said
 
 
 def test_the_doctor_looks_at_the_template_and_at_no_node(kube: KubeWorld, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fake_operator import SECRETS
 from kube_world import JOB, KubeWorld, documented, request
 
-from sapo_ray.control.kube import KubeClusters
+from sapo_ray.control.kube import KubeClusters, rights
 from sapo_ray.control.kube.making import Options
 from sapo_ray.control.launcher import LauncherUnavailable, LaunchRefused, NotStarted
 
@@ -254,3 +254,6 @@ def test_the_whole_story_needs_the_documented_rights_and_no_others(kube: KubeWor
         for verb in rule["verbs"]
     }
     assert kube.kube.used == documented_rights
+    options = Options(template=kube.template, secret="s" * 64, owner="sapo", network_policy=True)
+    asked = {(one.resource.rpartition("/")[2], one.verb) for one in rights.needed(options)}
+    assert asked == documented_rights  # the doctor asks for all of them
