@@ -35,7 +35,8 @@ OF_THE_CHART = frozenset(
 """Settings that the chart's own values decide."""
 HEAD = """\
 # {name}: made from the chart with deploy/values/{name}.yaml by `make chart`; edit there.
-# kubectl create namespace {release}; kubectl -n {release} apply -f deploy/kuberay/{name}.yaml
+# kubectl create namespace {release}
+{secrets}# kubectl -n {release} apply -f deploy/kuberay/{name}.yaml
 """
 AGAIN = """\
 # Applied again after a change, it takes back what Ray's autoscaler decided; the chart (ray.mode: managed) does not.
@@ -96,7 +97,9 @@ def _cell(value: Any) -> str:
 
 def manifest(name: str) -> str:
     """The plain objects of an example, without those of `helm test`."""
-    values = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    text = (EXAMPLES / f"{name}.yaml").read_text()
+    secrets = "".join(line + "\n" for line in text.splitlines() if line.startswith("#") and "create secret" in line)
+    values = yaml.safe_load(text)
     values["ray"].setdefault("mode", "static")
     with helm_python.Chart.load(CHART) as chart:
         texts = chart.render(values, name=NAME, namespace=NAME)
@@ -115,7 +118,7 @@ def manifest(name: str) -> str:
     objects = [one for one in objects if not one["metadata"]["name"].endswith("-test")]
     dumped = yaml.safe_dump_all(objects, sort_keys=False, width=120)
     again = AGAIN if any(one["kind"] == "RayCluster" for one in objects) else ""
-    return HEAD.format(name=name, release=NAME) + again + "---\n" + dumped
+    return HEAD.format(name=name, release=NAME, secrets=secrets) + again + "---\n" + dumped
 
 
 def _pod_labels(thing: dict[str, Any]) -> dict[str, str]:

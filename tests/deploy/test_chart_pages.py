@@ -48,6 +48,34 @@ def test_plain_manifests_hold_valid_objects_of_their_own_release(name: str) -> N
     assert not any("helm.sh" in json.dumps(thing) for thing in objects)
 
 
+def needed_secrets(thing: object, release: str) -> set[tuple[str, str]]:
+    """Name and key of each Secret of the user's that objects name; the operator makes the one of the cluster's name."""
+    if isinstance(thing, list):
+        return set().union(*(needed_secrets(one, release) for one in thing))
+    if not isinstance(thing, dict):
+        return set()
+    found = set().union(*(needed_secrets(one, release) for one in thing.values()))
+    if said := thing.get("secretKeyRef"):
+        found.add((said["name"], said["key"]))
+    if thing.get("mode") == "token" and "secretName" in thing:
+        found.add((thing["secretName"], "auth_token"))
+    return found - {(f"{release}-cluster", "auth_token")}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_commands_beside_an_example_make_the_secrets_that_it_names_in_its_namespace(name: str) -> None:
+    objects = render(yaml.safe_load(EXAMPLES[name].read_text()), "sapo-ray", "sapo-ray")
+    needed = needed_secrets([*objects, ray_cluster(objects)], "sapo-ray")
+    places = [EXAMPLES[name], MANIFESTS / f"{name}.yaml"]
+    places += [ROOT / "docs" / "kubernetes.md"] if name == "cluster-per-job" else []
+    for place in places:
+        text = place.read_text()
+        made = re.findall(r"kubectl -n sapo-ray create secret generic (\S+) --from-literal=([^=\s]+)=", text)
+        assert set(made) == needed, place
+        assert text.count("create secret") == len(made), place
+        assert not made or "kubectl create namespace sapo-ray\n" in text, place
+
+
 def test_every_setting_of_the_service_is_the_charts_or_may_be_set(maker: ModuleType) -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     settable = set(schema["properties"]["control"]["properties"]["settings"]["properties"])
