@@ -76,6 +76,16 @@ def test_the_commands_beside_an_example_make_the_secrets_that_it_names_in_its_na
         assert not made or "kubectl create namespace sapo-ray\n" in text, place
 
 
+def test_the_page_names_what_stays_when_the_chart_is_uninstalled() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    section = text.split("## Uninstall from Kubernetes")[1].split("\n## ")[0]
+    objects = [thing for thing in render({}, "sapo-ray", "sapo-ray") if "annotations" in thing["metadata"]]
+    kept = [one for one in objects if one["metadata"]["annotations"].get("helm.sh/resource-policy") == "keep"]
+    assert {one["metadata"]["name"] for one in kept} == {"sapo-ray-data", "sapo-ray-database"}
+    assert all(f"`{one['metadata']['name']}`" in section for one in kept)
+    assert "delete raycluster sapo-ray-cluster --wait" in section
+
+
 def test_every_setting_of_the_service_is_the_charts_or_may_be_set(maker: ModuleType) -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     settable = set(schema["properties"]["control"]["properties"]["settings"]["properties"])

@@ -27,7 +27,7 @@ def typed(text: str) -> Iterator[str]:
     for block in re.findall(r"(?s)```\w*\n(.*?)```", text):
         lines += block.splitlines()
     for line in lines:
-        for found in re.finditer(r"(?:^|[ (=])(?<!install )sapo-ray ([a-z][^#|;&]*)", line):
+        for found in re.finditer(r"(?:^|[ (=])(?<!install )(?<!-n )sapo-ray ([a-z][^#|;&]*)", line):
             yield found[1]
 
 
