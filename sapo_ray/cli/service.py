@@ -60,19 +60,21 @@ def migrate() -> None:
 
 
 def apply_cluster(
-    manifest: Annotated[Path, typer.Argument(metavar="FILE", help="Its manifest, as JSON.")],
-    owner: Annotated[str, typer.Option(help="ConfigMap in its namespace with which it goes.")],
+    name: Annotated[
+        str, typer.Argument(metavar="CONFIGMAP", help="Has its manifest (raycluster.json); it goes with it.")
+    ],
 ) -> None:
     """Make or change the RayCluster that jobs share, from within a pod; leaves to Ray's autoscaler what it decided."""
     with user_errors():
         from sapo_ray.control.kube.client import KubeClient, in_cluster_url
         from sapo_ray.control.settings import load_settings
-        from sapo_ray.control.shared_cluster import apply, read_manifest
+        from sapo_ray.control.shared_cluster import apply, manifest_of
 
-        wanted, settings = read_manifest(manifest), load_settings()
+        settings = load_settings()
         url = settings.kube_url or in_cluster_url()
-        with KubeClient(url, settings.kube_account_dir, wanted["metadata"]["namespace"]) as api:
-            print(f"RayCluster {wanted['metadata']['name']}: {apply(api, wanted, owner)}")
+        with KubeClient(url, settings.kube_account_dir, settings.kube_namespace) as api:
+            manifest = manifest_of(api, name)
+            print(f"RayCluster {manifest['metadata']['name']}: {apply(api, manifest, name)}")
 
 
 @datasets.command("upload")

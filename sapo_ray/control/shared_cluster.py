@@ -1,8 +1,8 @@
 """The RayCluster that all jobs share, on Kubernetes: this service makes it and changes it.
 
-    manifest, a file ------+
-                           +--> what is written, if the manifest is not the one that was written last
-    what is there now -----+
+    manifest, a ConfigMap --+
+                            +--> what is written, if the manifest is not the one that was written last
+    what is there now ------+
 
 Ray's autoscaler writes into the same object (`replicas`, `workersToDelete`), inside a list that Kubernetes treats as
 one value: whoever applies a manifest of its own meets conflicts there, or undoes what the autoscaler decided. So the
@@ -18,7 +18,6 @@ import copy
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 from sapo_ray.control.kube.client import CONFIGMAPS, RAYCLUSTERS, Conflict, KubeClient, Rejected
@@ -26,6 +25,8 @@ from sapo_ray.errors import ConfigError, ResourceError
 
 TRIES = 8
 """Writes that may meet somebody else's; the autoscaler writes once in some seconds."""
+MANIFEST = "raycluster.json"
+"""Key of the ConfigMap."""
 WRITTEN = "sapo-ray.io/manifest"
 """Annotation: the manifest that was written last, as JSON."""
 
@@ -177,17 +178,23 @@ def canonical(manifest: Manifest) -> str:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Raises ConfigError: not a RayCluster with name and namespace."""
+def manifest_of(api: KubeClient, name: str) -> Manifest:
+    """The manifest in the ConfigMap `name`, as the API server has it now: a mounted one may be of the release before.
+
+    Raises ConfigError: there is no such ConfigMap, or no RayCluster with name and namespace in it.
+    """
+    found = api.get(CONFIGMAPS, name)
+    if found is None:
+        raise ConfigError(f"there is no ConfigMap {name} in namespace {api.namespace}")
     try:
-        found = json.loads(path.read_text())
-        if found["kind"] != "RayCluster" or not all(found["metadata"][key] for key in ("name", "namespace")):
+        manifest = json.loads(found["data"][MANIFEST])
+        if manifest["kind"] != "RayCluster" or not all(manifest["metadata"][key] for key in ("name", "namespace")):
             raise KeyError("kind RayCluster, metadata.name, metadata.namespace")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is not the JSON manifest of a RayCluster: {type(error).__name__}: {error}"
+            f"{MANIFEST} in ConfigMap {name} is not the JSON manifest of a RayCluster: {type(error).__name__}: {error}"
         ) from error
-    return dict(found)
+    return dict(manifest)
 
 
 def _owner(api: KubeClient, name: str) -> dict[str, str]:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from api_server_stand_in import Kubernetes
 from applied_cluster import CLUSTER, OWNER, bring, client, in_the_services_pod, scale, sizes
-from chart_rendering import FEATURES, overlaid, ray_cluster, render
+from chart_rendering import FEATURES, one, overlaid, ray_cluster, render
+from click.testing import Result
 from typer.testing import CliRunner
 
 from sapo_ray.cli.main import app
 from sapo_ray.control.kube.client import Rejected
 from sapo_ray.control.launcher import LauncherUnavailable
-from sapo_ray.control.shared_cluster import WRITTEN, apply, merged, read_manifest, stamped
-from sapo_ray.errors import ConfigError, ResourceError
+from sapo_ray.control.shared_cluster import WRITTEN, apply, merged, stamped
+from sapo_ray.errors import ResourceError
 
 
 @pytest.fixture
@@ -26,18 +27,35 @@ def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernetes
         yield kube
 
 
-def test_the_command_makes_the_cluster_from_the_charts_manifest_and_the_cluster_goes_with_it(
-    kube: Kubernetes, tmp_path: Path
-) -> None:
-    manifest = tmp_path / "raycluster.json"
-    manifest.write_text(kube.get("ConfigMap", OWNER)["data"]["raycluster.json"])
-    done = CliRunner().invoke(app, ["apply-cluster", str(manifest), "--owner", OWNER])
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def command(name: str = OWNER) -> Result:
+    return CliRunner().invoke(app, ["apply-cluster", name])
+
+
+def test_the_command_makes_the_cluster_from_the_charts_manifest_and_the_cluster_goes_with_it(kube: Kubernetes) -> None:
+    done = command()
     assert (done.exit_code, done.output) == (0, f"RayCluster {CLUSTER}: created\n")
-    again = CliRunner().invoke(app, ["apply-cluster", str(manifest), "--owner", OWNER])
-    assert again.output == f"RayCluster {CLUSTER}: unchanged\n"
+    assert command().output == f"RayCluster {CLUSTER}: unchanged\n"
     assert {code for user, _, _, code in kube.log if user != "admin"} == {200, 201, 404}
     kube.do("admin", "delete", "configmaps", "rl", OWNER)
     assert ("rayclusters", "rl", CLUSTER) not in kube.objects
+
+
+def test_the_manifest_is_the_one_that_the_api_server_has_not_one_that_a_node_mounted_before(kube: Kubernetes) -> None:
+    """The chart's own command, with no file in its container but the account's."""
+    command()
+    newer = one(render({"ray": {"groups": {"rollout": {"max": 9}}}}), "ConfigMap", "-raycluster")
+    kube.change("ConfigMap", OWNER, lambda config: config.update(data=newer["data"]))
+    pod = one(render(), "Deployment")["spec"]["template"]["spec"]
+    (container,) = [one for one in pod["initContainers"] if one["name"] == "apply-cluster"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {"tmp", "kube-account"}
+    assert container["command"][0] == "sapo-ray"
+    assert CliRunner().invoke(app, container["command"][1:]).output == f"RayCluster {CLUSTER}: changed\n"
+    groups = {group["groupName"]: group for group in kube.get("RayCluster", CLUSTER)["spec"]["workerGroupSpecs"]}
+    assert groups["rollout"]["maxReplicas"] == 9
 
 
 def test_a_change_leaves_to_the_autoscaler_what_it_decided(kube: Kubernetes) -> None:
@@ -167,23 +185,26 @@ def test_an_api_server_that_is_away_is_named_with_what_may_stop_it(kube: Kuberne
         bring()
 
 
-def test_outside_a_pod_the_command_says_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = tmp_path / "raycluster.json"
-    manifest.write_text(json.dumps(ray_cluster(render())))
+def test_outside_a_pod_the_command_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    done = CliRunner().invoke(app, ["apply-cluster", str(manifest), "--owner", OWNER])
+    done = command()
     assert done.exit_code == 1
-    assert "SAPO_KUBE_URL must name the Kubernetes API" in " ".join(done.stderr.split())
+    assert "SAPO_KUBE_URL must name the Kubernetes API" in words(done.stderr)
 
 
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"kind": "Pod"}', '{"kind": "RayCluster", "metadata": {"name": "a"}}', "[]"]
 )
-def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match="not the JSON manifest of a RayCluster"):
-        read_manifest(file)
+def test_a_manifest_that_is_none_is_refused(kube: Kubernetes, text: str) -> None:
+    kube.change("ConfigMap", OWNER, lambda config: config.update(data={"raycluster.json": text}))
+    done = command()
+    assert done.exit_code == 1
+    assert f"raycluster.json in ConfigMap {OWNER} is not the JSON manifest of a RayCluster" in words(done.stderr)
+
+
+def test_a_manifest_that_is_not_there_is_named(kube: Kubernetes) -> None:
+    kube.do("admin", "delete", "configmaps", "rl", OWNER)
+    assert f"there is no ConfigMap {OWNER} in namespace rl" in words(command().stderr)
 
 
 def test_a_manifest_that_the_api_server_refuses_is_told_with_its_reason(kube: Kubernetes) -> None:
