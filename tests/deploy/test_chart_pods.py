@@ -90,6 +90,17 @@ def test_no_container_is_root_writes_its_image_or_holds_a_kubernetes_token_it_do
             assert ("kube-account" in mounts) == asks
 
 
+def test_every_container_of_the_service_and_of_its_test_has_the_resources_of_the_values() -> None:
+    """A quota on limits.cpu admits no container without one."""
+    resources = {"requests": {"cpu": "100m", "memory": "300Mi"}, "limits": {"cpu": "1", "memory": "600Mi"}}
+    objects = [one for one in render({"control": {"resources": resources}}) if one["kind"] in ("Deployment", "Pod")]
+    assert len(objects) == 2
+    for thing in objects:
+        spec = thing["spec"]["template"]["spec"] if thing["kind"] == "Deployment" else thing["spec"]
+        for container in (*spec["initContainers"], *spec["containers"]):
+            assert container["resources"] == resources, (thing["metadata"]["name"], container["name"])
+
+
 def test_the_autoscaler_alone_has_the_heads_account_and_jobs_code_beside_it_has_not() -> None:
     spec = ray_cluster(render())["spec"]
     sidecar = spec["autoscalerOptions"]
