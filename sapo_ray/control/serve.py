@@ -258,7 +258,7 @@ def _metrics(app: FastAPI) -> Hooks:
     restarts = Counter("sapo_driver_restarts", "Drivers replaced by this process.", registry=registry)
     errors = Counter(
         "sapo_reconciler_errors",
-        "What went wrong in the reconciler and is tried again: store, launcher, run_dir, bug.",
+        "What went wrong in the reconciler and is tried again: store, launcher, cluster, run_dir, bug.",
         ["kind"],
         registry=registry,
     )

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sapo_ray.control.app import create_app
 from sapo_ray.control.launcher import RayJobs
+from sapo_ray.control.reconciler.loop import _KINDS
 from sapo_ray.control.serve import _metrics
 from sapo_ray.control.settings import load_settings
 from sapo_ray.control.store import SequenceGap, Store
@@ -61,7 +62,7 @@ def names(families: list[Metric]) -> set[str]:
 
 
 def test_every_alert_asks_for_metrics_that_the_service_has(families: list[Metric]) -> None:
-    assert len(rules()) == len({one["alert"] for one in rules()}) == 13
+    assert len(rules()) == len({one["alert"] for one in rules()}) == 14
     for one in rules():
         asked = set(re.findall(r"sapo_\w+", one["expr"]))
         assert asked, one["alert"]
@@ -116,4 +117,8 @@ def test_outcomes_and_kinds_that_alerts_name_are_those_that_are_counted() -> Non
     counted = (ROOT / "sapo_ray" / "control" / "routes" / "link.py").read_text()
     for outcome in ("refused", "unauthenticated"):
         assert f'labels("{outcome}")' in counted
+    kinds = {
+        kind for one in rules() for said in re.findall(r'kind!?[=~]+"([^"]+)"', one["expr"]) for kind in said.split("|")
+    }
+    assert kinds == {"launcher", "cluster"} <= {name for _, name in _KINDS}
     assert SequenceGap.__name__.lower() == "sequencegap"

@@ -21,6 +21,6 @@ class Hooks:
     restarted: Callable[[str], None] = _nobody
     """A driver was replaced: tenant."""
     failed_round: Callable[[str], None] = _nobody
-    """Something went wrong and is tried again: store, launcher, run_dir or bug."""
+    """Something went wrong and is tried again: store, launcher, cluster, run_dir or bug."""
     round_over: Callable[[float], None] = _nobody
     """A round over all jobs ended; Unix seconds."""

@@ -279,7 +279,7 @@ class Reconciler:
         self._hooks.failed_round(kind)
         if kind == "bug":
             log.error("reconciler_error", job_id=job_id, exc_info=error)
-        elif kind != "launcher":  # that one is told once, by ping, and to each job as a condition
+        elif kind != "launcher" and not (kind == "cluster" and job_id):  # told where they are met, and as a condition
             log.warning("reconciler_error", job_id=job_id, kind=kind, error=str(error))
 
 
@@ -291,6 +291,7 @@ def _token_is_kept(s: Session, job: JobView, attempt: AttemptView) -> bool:
 
 
 _KINDS: tuple[tuple[type[Exception], str], ...] = (
+    (ClusterUnavailable, "cluster"),  # one driver's own, which says nothing of the others'
     (LauncherUnavailable, "launcher"),
     (StoreUnavailable, "store"),
     (OSError, "run_dir"),

@@ -12,7 +12,7 @@ import pytest
 from fake_operator import PODS
 from kube_world import SPEC, KubeWorld
 
-from sapo_ray.control.reconciler import Limits, Reconciler
+from sapo_ray.control.reconciler import Hooks, Limits, Reconciler
 from sapo_ray.control.reconciler.tokens import read_token
 from sapo_ray.control.store import JobRow, Store, attempts, events, jobs
 
@@ -30,9 +30,9 @@ class Service:
     def restart(self, **limits: float) -> None:
         launcher = self.kube.launcher()
         bounds = Limits(**{name: getattr(LIMITS, name) for name in LIMITS.__slots__} | limits)
-        self.reconciler = Reconciler(
-            self.store, launcher, bounds, control_url="http://c", clusters=launcher, clock=self.clock, holder="one"
-        )
+        hooks = Hooks(failed_round=self.failures.append)
+        given: dict[str, Any] = {"clusters": launcher, "clock": self.clock, "hooks": hooks, "holder": "one"}
+        self.reconciler = Reconciler(self.store, launcher, bounds, control_url="http://c", **given)
 
     def clock(self) -> float:
         return time.time() + self.kube.ahead
@@ -218,7 +218,7 @@ def test_one_jobs_head_that_does_not_answer_is_nobody_elses_trouble(kube: KubeWo
     kube.operator.work()
     service.tick()
     assert service.conditions(deaf) == {"LauncherUnavailable": "the cluster cannot be reached"}
-    assert service.conditions(job) == {}
+    assert (service.conditions(job), set(service.failures)) == ({}, {"cluster"})  # `launcher` would page somebody
     assert kube.heads.submissions == [cluster(deaf), cluster(job)]
 
 
@@ -262,7 +262,7 @@ def test_a_kubernetes_api_that_is_away_loses_nothing(kube: KubeWorld, service: S
     waiting = service.submit()
     service.tick()
     assert service.row(waiting).state == "queued"
-    assert "LauncherUnavailable" in service.conditions(waiting)
+    assert (set(service.conditions(waiting)), set(service.failures)) == ({"LauncherUnavailable"}, {"launcher"})
     kube.kube.fault = lambda method, path: None
     service.tick()
     assert service.row(waiting).state == "starting"
