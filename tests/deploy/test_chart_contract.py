@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from chart_rendering import (
     ray_cluster,
     render,
 )
+from prometheus_client import start_http_server
 
+from sapo_ray.control.serve import _listen
 from sapo_ray.control.settings import Settings, load_settings
 from sapo_ray.doctor import cluster as doctor_cluster
 
@@ -116,6 +119,22 @@ def test_the_service_reads_its_settings_from_what_the_chart_sets(monkeypatch: py
         *("0.0.0.0", 8800),
         *("0.0.0.0", 8801),
     )
+
+
+def test_the_service_of_a_cluster_of_ipv6_alone_can_be_reached_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 on this machine")
+    settings = settings_of({"control": {"bindAddress": "::"}}, monkeypatch)
+    assert (settings.host, settings.metrics_host) == ("::", "::")
+    with _listen(settings.model_copy(update={"port": 0})) as listening:
+        port = listening.getsockname()[1]
+        for address in ("::1", "127.0.0.1"):
+            socket.create_connection((address, port), timeout=10).close()
+    server, thread = start_http_server(0, settings.metrics_host)
+    socket.create_connection(("::1", server.server_port), timeout=10).close()
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
 
 
 def test_the_file_of_sqlite_lies_on_a_volume_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
