@@ -51,8 +51,8 @@ class Kubernetes:
 
     def __init__(self, folder: Path) -> None:
         self.authority = folder / "ca.crt"
-        key = folder / "key.pem"
-        certificate(self.authority, key)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.renew()
         self.objects: dict[tuple[str, str, str], Object] = {}
         self.log: list[tuple[str, str, str, int]] = []
         """User, verb, plural/name, status."""
@@ -64,9 +64,9 @@ class Kubernetes:
         handler = type("Handler", (_Handler,), {"server_of": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.authority, key)
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        self._server.socket = self._context.wrap_socket(
+            self._server.socket, server_side=True, do_handshake_on_connect=False
+        )
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self._thread.start()
@@ -76,6 +76,12 @@ class Kubernetes:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5)
+
+    def renew(self) -> None:
+        """Take another certificate by another authority of the same name, for connections made from now on."""
+        key = self.authority.with_name("key.pem")
+        certificate(self.authority, key)
+        self._context.load_cert_chain(self.authority, key)
 
     @property
     def url(self) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
+import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +73,36 @@ class _TokenFile(httpx.Auth):
         yield request
 
 
+class _KnownAuthority(httpx.BaseTransport):
+    """Connections to a server whose authority stands in a file, which Kubernetes writes again when that is renewed.
+
+    From then on connections are made anew by the new one; calls that are under way go on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._read: tuple[int, int] | None = None
+        self._made: list[httpx.HTTPTransport] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Raises OSError if the file is none of certificates."""
+        return self._newest().handle_request(request)
+
+    def close(self) -> None:
+        for one in self._made:
+            one.close()
+
+    def _newest(self) -> httpx.HTTPTransport:
+        with self._lock:
+            found = self._path.stat()
+            version = (found.st_ino, found.st_mtime_ns)
+            if version != self._read:
+                known = ssl.create_default_context(cafile=str(self._path))
+                self._made.append(httpx.HTTPTransport(verify=known, trust_env=False))
+                self._read = version
+            return self._made[-1]
+
+
 class KubeClient:
     """One namespace of one API server. Safe for use by several threads.
 
@@ -87,7 +118,8 @@ class KubeClient:
         self._http = httpx.Client(
             base_url=url,
             auth=_TokenFile(account / "token"),
-            verify=ssl.create_default_context(cafile=str(ca)) if ca.is_file() else url.startswith("https:"),
+            transport=_KnownAuthority(ca) if ca.is_file() else None,
+            verify=url.startswith("https:"),
             timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
             trust_env=False,
         )
