@@ -31,11 +31,11 @@ from sapo_ray.algorithms.settings import resolve as resolve_objective
 from sapo_ray.config.load import resolve
 from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.checkpoint import Checkpoints
-from sapo_ray.driver.driver import Driver, Material
+from sapo_ray.driver.driver import Driver
 from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.orders import StandingOrders
-from sapo_ray.driver.parts import Parts
+from sapo_ray.driver.parts import Material, Parts
 from sapo_ray.driver.pulse import pulse_of
 from sapo_ray.rollout import membership
 from sapo_ray.rollout.pool import RolloutPool

@@ -43,6 +43,10 @@ class WorkerLost(SapoRayError):
     """An actor died or stopped answering."""
 
 
+class PayloadLost(WorkerLost):
+    """Finished samples went with the node that held them; whoever was given them is as it was."""
+
+
 class WorkerDrained(SapoRayError):
     """A rollout worker was scaled away or left behind; what it had not finished is to be asked for again."""
 

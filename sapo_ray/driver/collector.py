@@ -26,7 +26,7 @@ import asyncio
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from ray.exceptions import ObjectLostError, RayTaskError
+from ray.exceptions import RayError
 
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.admission import Admission
@@ -34,6 +34,7 @@ from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.parts import Ref, Rollouts, Verifiers
 from sapo_ray.driver.pulse import Pulse
 from sapo_ray.errors import NoWorker, ResourceError, WorkerDrained, WorkerLost
+from sapo_ray.lost_payloads import payload_lost
 from sapo_ray.types import (
     CompletionMeta,
     DropReason,
@@ -142,8 +143,8 @@ class Collector:
                 if losses >= MAX_LOSSES or misses >= MAX_MISSES:
                     self._journal.event("condition", condition="Quarantined", group=prompt.id, reason=reason)
                     return self._empty(prompt, losses + misses, DropReason.QUARANTINED)
-            except (ObjectLostError, RayTaskError) as error:
-                if isinstance(error, RayTaskError) and not isinstance(error.cause, ObjectLostError):
+            except RayError as error:
+                if not payload_lost(error):
                     raise
                 lost_payloads += 1
                 if lost_payloads > MAX_LOST_PAYLOADS:

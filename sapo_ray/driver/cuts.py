@@ -13,6 +13,7 @@ from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.parts import Parts, Prompts
 from sapo_ray.driver.state import DriverState, complete_groups, restore_window, save_state
 from sapo_ray.driver.waits import GRACE_S
+from sapo_ray.errors import PayloadLost
 
 Cut = tuple[DriverState, Path] | None
 """What a checkpoint holds of the driver, and where it lies; None: the start of the run."""
@@ -101,5 +102,11 @@ class Cuts:
             updates=self._course.updates,
             seconds=dict(self._course.seconds),
         )
-        await save_state(state, folder, self._intake.window, self._payloads)
+        while True:
+            try:
+                await save_state(state, folder, self._intake.window, self._payloads)
+                break
+            except PayloadLost:
+                if not await self._intake.ask_again(self._payloads):
+                    raise
         await self._attempt.journal.sync()  # what the checkpoint stands on is durable before it is visible

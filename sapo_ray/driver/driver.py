@@ -28,10 +28,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from sapo_ray.algorithms.settings import Objective
 from sapo_ray.diagnosis.vitals import POOL
 from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.batch import Batch, batch_metrics
@@ -44,23 +42,14 @@ from sapo_ray.driver.guard import Guard
 from sapo_ray.driver.heldout import HeldOut
 from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.orders import Ended, Ending
-from sapo_ray.driver.parts import Parts, Prompts, Tracker
+from sapo_ray.driver.parts import Material, Parts, Tracker
 from sapo_ray.driver.recording import Recording
 from sapo_ray.driver.recovery import Recovery
 from sapo_ray.driver.result import Outcome
 from sapo_ray.driver.scaling import LoadMeter, Scaling
 from sapo_ray.driver.waits import GRACE_S, beside
-from sapo_ray.errors import DeadlineExceeded, TrainingFailed, WorkerLost
-from sapo_ray.types import Prompt, Published
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Material:
-    """What an attempt trains on, and towards."""
-
-    prompts: Prompts
-    evaluation: list[Prompt]
-    objective: Objective
+from sapo_ray.errors import DeadlineExceeded, PayloadLost, TrainingFailed, WorkerLost
+from sapo_ray.types import Published
 
 
 class Driver:
@@ -158,8 +147,7 @@ class Driver:
             began = time.monotonic()
             self._load.begin()
             self._under_way = True
-            batch = await self._next_batch()
-            metrics = await self._train(batch)
+            batch, metrics = await self._train_on_next()
             metrics |= await self._publish()
             self._under_way = False
             metrics["seconds/step"] = time.monotonic() - began
@@ -239,6 +227,16 @@ class Driver:
             await self._cuts.restore_groups(*cut)
             self._intake.allow(self._guard.ahead)
         self._intake.fill(self._course.version)
+
+    async def _train_on_next(self) -> tuple[Batch, dict[str, float]]:
+        """The next batch, and the step on it; again where samples of it were lost before the learner had them."""
+        while True:
+            batch = await self._next_batch()
+            try:
+                return batch, await self._train(batch)
+            except PayloadLost:
+                if not await self._intake.ask_again(self._parts.payloads, batch):
+                    raise
 
     # --- one step --------------------------------------------------------------------------------------------------
 

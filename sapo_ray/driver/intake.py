@@ -16,7 +16,7 @@ from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.batch import Batch, group_rewards, make_batch, reason_to_drop
 from sapo_ray.driver.collector import Collector, GradedGroup
 from sapo_ray.driver.journal import Journal
-from sapo_ray.driver.parts import Prompts
+from sapo_ray.driver.parts import Payloads, Prompts
 from sapo_ray.driver.window import Window
 from sapo_ray.errors import TrainingFailed
 from sapo_ray.types import DropReason, PolicyVersion, Prompt
@@ -46,6 +46,8 @@ class Intake:
         """Groups among them that were too old."""
         self.examined: list[GradedGroup] = []
         """Groups that the batch was chosen from."""
+        self._step: PolicyVersion | None = None
+        """Whose counts these are, by the version before it."""
         self._rolled_back = 0
         """Groups given up since the last batch was begun."""
 
@@ -98,7 +100,9 @@ class Intake:
         """
         wanted = self._spec.rollout.prompts_per_step
         taken: list[GradedGroup] = []
-        self.drops, self.stale, self.examined = Counter(), [], []
+        if self._step != version:
+            self._step = version
+            self.drops, self.stale, self.examined = Counter(), [], []
         if self._rolled_back:
             self.drops[DropReason.ROLLED_BACK], self._rolled_back = self._rolled_back, 0
         dropped_in_a_row = 0
@@ -122,6 +126,23 @@ class Intake:
                         f"the last: {_last_detail(group)}; see `graded` and `dropped` in journal.jsonl"
                     )
         return make_batch(taken, self._spec, self._objective)
+
+    async def ask_again(self, payloads: Payloads, batch: Batch | None = None) -> bool:
+        """Collect those groups anew, each in its place, of which samples are lost; returns whether there were any.
+
+        A `batch` that could not be trained on is taken apart for it.
+        """
+        if batch is not None:
+            self.window.take_back(batch.groups)
+            self.examined = [group for group in self.examined if group not in batch.groups]
+        graded = self.window.graded()
+        lost = await payloads.lost([[c.payload for c in group.completions] for _, group in graded])
+        for prompt in (graded[place][0] for place in lost):
+            missing = list(range(self._spec.rollout.group_size))
+            reason = "its samples were graded, and then lost with their node"
+            self._journal.ledger("reissued", group=prompt.id, missing=missing, delivered=0, reason=reason)
+            self.window.collect_again(prompt, lambda prompt=prompt: asyncio.create_task(self.collect(prompt)))  # type: ignore[misc]
+        return bool(lost)
 
     async def give_up(self, version: PolicyVersion, kept: frozenset[str]) -> None:
         """End everything under way: its samples belong to a lineage that ends at `version`.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sapo_ray.algorithms.settings import Objective
 from sapo_ray.types import (
     CompletionMeta,
     Grading,
@@ -120,7 +121,9 @@ class Learner(Protocol):
 
     async def set_canary(self, sequences: tuple[tuple[int, ...], ...]) -> None: ...
 
-    async def train(self, step: int, samples: list[TrainSample]) -> StepReport: ...
+    async def train(self, step: int, samples: list[TrainSample]) -> StepReport:
+        """Raises PayloadLost, with nothing done, if one of the samples is gone."""
+        ...
 
     async def publish(self, version: PolicyVersion, receivers: list[Any]) -> Published:
         """Weights of this moment. `receivers` are actors that a native transport pushes into."""
@@ -136,7 +139,13 @@ class Learner(Protocol):
 class Payloads(Protocol):
     """Moves completion payloads between the object store and files, without the driver seeing them."""
 
-    async def save(self, path: Path, refs: list[Ref]) -> None: ...
+    async def save(self, path: Path, refs: list[Ref]) -> None:
+        """Raises PayloadLost if one of them is gone."""
+        ...
+
+    async def lost(self, groups: list[list[Ref]]) -> list[int]:
+        """Places of the groups of which a payload is gone."""
+        ...
 
     async def load(self, path: Path, count: int) -> list[Ref]: ...
 
@@ -165,3 +174,12 @@ class Parts:
     verifiers: Verifiers
     learner: Learner
     payloads: Payloads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """What an attempt trains on, and towards."""
+
+    prompts: Prompts
+    evaluation: list[Prompt]
+    objective: Objective

@@ -6,6 +6,7 @@ one after the other, and the length of each. Bits are kept as they are; texts ar
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from sapo_ray.driver.files import append, fsync
 from sapo_ray.driver.journal import json_line
 from sapo_ray.driver.parts import Ref
-from sapo_ray.errors import CheckpointError
+from sapo_ray.errors import CheckpointError, PayloadLost
+from sapo_ray.lost_payloads import payload_lost
 from sapo_ray.types import CompletionPayload
 
 _FIELDS: dict[str, np.dtype[Any]] = {
@@ -84,11 +87,29 @@ def append_texts(path: str, rows: list[dict[str, Any]], *payloads: CompletionPay
         os.close(file)
 
 
+def _look(*_: CompletionPayload) -> None:
+    """Runs if all of them are there."""
+
+
 class RayPayloads:
     """`Payloads` over Ray. The tasks need no CPU of their own: they wait for a disk."""
 
     async def save(self, path: Path, refs: list[Ref]) -> None:
-        await ray.remote(num_cpus=0)(save_payloads).remote(str(path), *refs)
+        try:
+            await ray.remote(num_cpus=0)(save_payloads).remote(str(path), *refs)
+        except RayError as error:
+            if not payload_lost(error):
+                raise
+            raise PayloadLost(
+                f"{path} cannot be written: finished samples went with the node that held them"
+            ) from error
+
+    async def lost(self, groups: list[list[Ref]]) -> list[int]:
+        looks = [ray.remote(num_cpus=0)(_look).remote(*refs) for refs in groups]
+        errors = await asyncio.gather(*looks, return_exceptions=True)
+        if other := [error for error in errors if error is not None and not payload_lost(error)]:
+            raise other[0]
+        return [place for place, error in enumerate(errors) if error is not None]
 
     async def load(self, path: Path, count: int) -> list[Ref]:
         if count == 0:

@@ -14,7 +14,7 @@ from sapo_ray.config.estimate import estimate
 from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.checkpoint import Checkpoints, step_of
 from sapo_ray.driver.cluster import published_bytes, ray_for
-from sapo_ray.driver.driver import Driver, Material
+from sapo_ray.driver.driver import Driver
 from sapo_ray.driver.export import export
 from sapo_ray.driver.inputs import Inputs, prepare_inputs
 from sapo_ray.driver.interrupts import Interrupts
@@ -22,7 +22,7 @@ from sapo_ray.driver.journal import Journal
 from sapo_ray.driver.lifecycle import close_all, start_together
 from sapo_ray.driver.orders import Ended, StandingOrders
 from sapo_ray.driver.output import check_output, copied
-from sapo_ray.driver.parts import Parts, Tracker
+from sapo_ray.driver.parts import Material, Parts, Tracker
 from sapo_ray.driver.payloads import RayPayloads
 from sapo_ray.driver.result import Outcome
 from sapo_ray.driver.tracking import trackers_of

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sapo_ray.driver.collector import GradedGroup
@@ -23,7 +23,8 @@ class Entry:
     """One outstanding group."""
 
     prompt: Prompt
-    task: asyncio.Task[GradedGroup]
+    task: asyncio.Future[GradedGroup]
+    """Of its collecting."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +63,7 @@ class Window:
         """The waiting entry that was issued first."""
         return self._waiting[0]
 
-    def issue(self, prompt: Prompt, start: Callable[[], asyncio.Task[GradedGroup]]) -> None:
+    def issue(self, prompt: Prompt, start: Callable[[], asyncio.Future[GradedGroup]]) -> None:
         """Take a slot for `prompt` and start collecting it."""
         assert self.free() > 0, "no free slot"
         self._waiting.append(Entry(prompt=prompt, task=start()))
@@ -70,6 +71,25 @@ class Window:
     def consume(self) -> None:
         """The first waiting group is in the batch now."""
         self._batch.append(self._waiting.popleft().prompt)
+
+    def take_back(self, groups: Sequence[GradedGroup]) -> None:
+        """The batch, which is of these groups, is not trained on: they wait again, before all others."""
+        assert [group.prompt for group in groups] == self._batch, "not the batch"
+        for group in reversed(groups):
+            task = asyncio.get_running_loop().create_future()
+            task.set_result(group)
+            self._waiting.appendleft(Entry(prompt=group.prompt, task=task))
+        self._batch = []
+
+    def graded(self) -> list[tuple[Prompt, GradedGroup]]:
+        """Groups that could be in a batch now, in issue order."""
+        ready = (entry for entry in self._waiting if entry.task.done() and not entry.task.cancelled())
+        return [(entry.prompt, entry.task.result()) for entry in ready if entry.task.exception() is None]
+
+    def collect_again(self, prompt: Prompt, start: Callable[[], asyncio.Future[GradedGroup]]) -> None:
+        """What was graded of a waiting prompt is of no use any more; it keeps its place."""
+        [place] = [i for i, entry in enumerate(self._waiting) if entry.prompt.id == prompt.id]
+        self._waiting[place] = Entry(prompt=prompt, task=start())
 
     def trained(self) -> None:
         """The batch was trained on."""

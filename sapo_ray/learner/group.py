@@ -26,12 +26,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from sapo_ray.algorithms.diagnostics import TokenStats
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.diagnosis.vitals import Activity
-from sapo_ray.errors import DeadlineExceeded, ResourceError, SapoRayError, WorkerLost
+from sapo_ray.errors import DeadlineExceeded, PayloadLost, ResourceError, SapoRayError, WorkerLost
 from sapo_ray.learner.batching import plan_step
 from sapo_ray.learner.engine import Place
 from sapo_ray.learner.reports import RankInfo, StepReport, UpdateReport, step_report
 from sapo_ray.learner.room import Room, check_object_store
 from sapo_ray.learner.worker import LearnerWorker
+from sapo_ray.lost_payloads import payload_lost
 from sapo_ray.types import PolicyVersion, Published, TrainSample, WeightsManifest
 from sapo_ray.weights.canary import canary_sequences
 
@@ -119,7 +120,8 @@ class LearnerGroup:
 
         Raises
             TrainingFailed: learner.max_nonfinite updates in a row had a non-finite gradient
-            WorkerLost: a rank died, or a payload was lost with its node; the group is closed
+            PayloadLost: a payload went with its node; nothing was done, the group is as it was
+            WorkerLost: a rank died; the group is closed
             DeadlineExceeded: not done within deadlines.step_s; the group is closed
         """
         self._check_open()
@@ -139,7 +141,7 @@ class LearnerGroup:
             actor.load_batch.remote(part, *(samples[i].payload for i in part.samples))
             for actor, part in zip(self._actors, plan.ranks, strict=True)
         ]
-        await self._gather(calls, f"step {step}: learner load_batch (deadlines.step_s)", end)
+        await self._gather(calls, f"step {step}: learner load_batch (deadlines.step_s)", end, payloads=True)
         seconds["load_batch"] = time.monotonic() - started
         await timed("prepare")
         reports: list[list[UpdateReport]] = []
@@ -205,11 +207,18 @@ class LearnerGroup:
     async def _on_rank_0(self, verb: str, name: str, end: float) -> Any:
         return (await self._gather([getattr(self._actors[0], verb).remote()], name, end))[0]
 
-    async def _gather(self, refs: Sequence[ray.ObjectRef[Any]], name: str, end: float) -> list[Any]:
-        return await self._race([asyncio.wrap_future(ref.future()) for ref in refs], name, end)
+    async def _gather(
+        self, refs: Sequence[ray.ObjectRef[Any]], name: str, end: float, *, payloads: bool = False
+    ) -> list[Any]:
+        return await self._race([asyncio.wrap_future(ref.future()) for ref in refs], name, end, payloads=payloads)
 
-    async def _race(self, calls: Sequence[Awaitable[Any]], name: str, end: float) -> list[Any]:
-        """Results by rank; or, after the first failure, the deadline or a cancellation, a closed group and an error."""
+    async def _race(
+        self, calls: Sequence[Awaitable[Any]], name: str, end: float, *, payloads: bool = False
+    ) -> list[Any]:
+        """Results by rank; or, after the first failure, the deadline or a cancellation, a closed group and an error.
+
+        `payloads`: the calls were given some, and do not begin without them; their loss does not close the group.
+        """
         self._check_open()
         tasks = [asyncio.ensure_future(call) for call in calls]
         try:
@@ -221,11 +230,12 @@ class LearnerGroup:
                 return [task.result() for task in tasks]
             if failed and pending:
                 await asyncio.wait(pending, timeout=DEATH_NOTICE_S)
-            problem = self._explain(tasks, name)
+            problem = self._explain(tasks, name, payloads=payloads)
         except asyncio.CancelledError:
             self._lose()
             raise
-        self._lose()
+        if not isinstance(problem, PayloadLost):
+            self._lose()
         for task in tasks:
             task.cancel()  # they would fail unheard
         raise problem
@@ -233,12 +243,14 @@ class LearnerGroup:
     def _check_open(self) -> None:
         assert self._actors, "the learner group is not started, or was closed after a failure"
 
-    def _explain(self, tasks: Sequence[asyncio.Future[Any]], name: str) -> SapoRayError:
+    def _explain(self, tasks: Sequence[asyncio.Future[Any]], name: str, *, payloads: bool) -> SapoRayError:
         """The error to raise: a rank's death before its consequences, a rank's own verdict before other errors."""
         errors = {rank: task.exception() for rank, task in enumerate(tasks) if task.done() and task.exception()}
         for rank, error in errors.items():
             if isinstance(error, RayActorError):
                 return WorkerLost(f"{name}: rank {rank} died: {error}")
+        if payloads and errors and all(payload_lost(error) for error in errors.values()):
+            return PayloadLost(f"{name}: samples went with the node that held them")
         for error in errors.values():
             cause = error.cause if isinstance(error, RayTaskError) else error
             if isinstance(cause, SapoRayError):

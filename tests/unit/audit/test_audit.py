@@ -236,6 +236,25 @@ def test_a_group_that_is_graded_twice_is_found(spoiled: Spoiled) -> None:
     assert spoiled.found("I1 completions", f"{row['group']} was graded twice", line, line + 1)
 
 
+@pytest.mark.parametrize(("delivered", "again"), [(0, True), (0, False), (3, True)])
+def test_a_group_whose_graded_samples_were_lost_has_to_be_graded_again(
+    spoiled: Spoiled, delivered: int, again: bool
+) -> None:
+    with spoiled.rows() as rows:
+        line, row = nth(rows, "graded", 2)
+        reissued = {key: row[key] for key in ("time", "attempt", "group")} | {
+            "kind": "reissued",
+            "reason": "a node died",
+        }
+        rows[line:line] = [{**reissued, "delivered": delivered}, *([dict(row)] if again else [])]
+    if delivered:
+        assert spoiled.found("I1 completions", f"{row['group']} was graded twice", line, line + 2)
+    elif not again:
+        assert spoiled.found("I1 completions", f"{row['group']} was consumed without having been graded")
+    else:
+        assert spoiled.audit().findings == []
+
+
 def test_groups_that_overtake_each_other_are_found(spoiled: Spoiled) -> None:
     with spoiled.rows() as rows:
         line, row = nth(rows, "consumed", 0)

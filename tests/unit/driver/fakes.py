@@ -19,14 +19,14 @@ from sapo_ray.config.load import resolve
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.checkpoint import Checkpoints
-from sapo_ray.driver.driver import Driver, Material
+from sapo_ray.driver.driver import Driver
 from sapo_ray.driver.hold import DiskHold
 from sapo_ray.driver.journal import Journal, read_journal
 from sapo_ray.driver.orders import StandingOrders
-from sapo_ray.driver.parts import Parts
+from sapo_ray.driver.parts import Material, Parts
 from sapo_ray.driver.payloads import load_payloads, save_payloads
 from sapo_ray.driver.pulse import Pulse
-from sapo_ray.errors import WorkerLost
+from sapo_ray.errors import PayloadLost, WorkerLost
 from sapo_ray.types import (
     Canary,
     CompletionMeta,
@@ -277,11 +277,20 @@ class FakeLearner:
         self.trained = [[tuple(s) for s in batch] for batch in json.loads((folder / "weights.json").read_text())]
 
 
+@dataclass
 class FakePayloads:
     """Real files; the refs are the payloads themselves."""
 
+    gone: list[Any] = field(default_factory=list)
+    """Payloads that went with their node."""
+
     async def save(self, path: Path, refs: list[Any]) -> None:
+        if await self.lost([refs]):
+            raise PayloadLost("a node died")
         save_payloads(str(path), *refs)
+
+    async def lost(self, groups: list[list[Any]]) -> list[int]:
+        return [i for i, refs in enumerate(groups) if any(ref is gone for ref in refs for gone in self.gone)]
 
     async def load(self, path: Path, count: int) -> list[Any]:
         loaded = load_payloads(str(path), count)
@@ -320,6 +329,7 @@ class Bench:
     evaluation: list[Prompt] = field(default_factory=list)
     trackers: list[Any] = field(default_factory=list)
     orders: StandingOrders = field(default_factory=StandingOrders)
+    payloads: FakePayloads = field(default_factory=FakePayloads)
 
     async def attempt(self, number: int = 1) -> Any:
         self.rollouts.learner = self.learner
@@ -346,7 +356,7 @@ class Bench:
                 rollouts=self.rollouts,
                 verifiers=self.verifiers,
                 learner=self.learner,
-                payloads=FakePayloads(),
+                payloads=self.payloads,
             ),
             checkpoints,
             [*self.trackers, self.rows],
@@ -366,6 +376,7 @@ class Bench:
             rollouts=FakeRollouts(jitter=random.Random(99)),
             verifiers=FakeVerifiers(errors=self.verifiers.errors),
             learner=FakeLearner(),
+            payloads=FakePayloads(),
             prompts=FakePrompts(self.prompts.fingerprint),
             rows=RowKeeper(),
             orders=StandingOrders(),
