@@ -63,7 +63,14 @@ DRIVER = """
 import json, sys
 import ray
 from sapo_ray.placement import label_selector
-ray.init(sys.argv[1], log_to_driver=False, logging_level="error")
+for left in reversed(range(8)):  # Ray gives a node half a minute to tell of itself
+    try:
+        ray.init(sys.argv[1], log_to_driver=False, logging_level="error")
+        break
+    except Exception:
+        if not left:
+            raise
+        ray.shutdown()
 class Worker:
     def node(self): return ray.get_runtime_context().get_node_id()
 made = []

@@ -17,7 +17,7 @@ from chart_rendering import Object, overlaid, ray_cluster, render
 from sapo_ray.control.kube import KubeClient
 from sapo_ray.control.shared_cluster import apply
 
-pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NAME, OWNER = "demo-sapo-ray-cluster", "demo-sapo-ray-raycluster"
 VALUES: Object = {
