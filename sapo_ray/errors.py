@@ -67,6 +67,10 @@ class ResourceError(SapoRayError):
     """Disk, memory, shared memory or cluster capacity is not enough."""
 
 
+class NoRoom(ResourceError):
+    """The cluster has no nodes for the learner, within its deadline."""
+
+
 class DiskFull(ResourceError):
     """The disk is full: what was to be written may be tried again once there is room."""
 

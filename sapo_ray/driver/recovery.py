@@ -24,7 +24,7 @@ from sapo_ray.driver.course import Course
 from sapo_ray.driver.intake import Intake
 from sapo_ray.driver.parts import Learner
 from sapo_ray.driver.state import complete_groups
-from sapo_ray.errors import DeadlineExceeded, SapoRayError, TrainingFailed, WorkerLost
+from sapo_ray.errors import DeadlineExceeded, NoRoom, SapoRayError, TrainingFailed, WorkerLost
 
 RESTARTS = 3
 """Of the learner, per job."""
@@ -56,6 +56,7 @@ class Recovery:
         Raises:
             SapoRayError: `error` itself where it was not the learner that was lost.
             TrainingFailed: it was lost too often.
+            WorkerLost: there are no nodes for a new one, within its deadline.
         """
         version = self._course.version  # the last of the lineage that ends
         while True:
@@ -71,6 +72,8 @@ class Recovery:
                     await self._learner.restart()
             except (WorkerLost, DeadlineExceeded) as again:
                 error = again
+            except NoRoom as gone:  # its node may be back for another attempt
+                raise WorkerLost(f"the learner was lost and cannot be started again: {gone}") from gone
             else:
                 self._course.lineage += 1
                 return checkpoint

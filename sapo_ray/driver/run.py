@@ -29,12 +29,15 @@ from sapo_ray.driver.pulse import pulse_of
 from sapo_ray.driver.result import Result, finished_steps, reason, summary
 from sapo_ray.driver.rundir import hold, new_run_dir, next_attempt, read_stored, write_spec
 from sapo_ray.driver.stages import train_and_export
-from sapo_ray.errors import ConfigError, DeadlineExceeded, ResourceError, Superseded, WorkerLost
+from sapo_ray.errors import ConfigError, DeadlineExceeded, NoRoom, ResourceError, Superseded, WorkerLost
 
 log = logging.getLogger(__name__)
 
 RECOVERABLE = (WorkerLost, DeadlineExceeded, RayError)
-"""Ends of an attempt that another one from the newest checkpoint may outlive; a control plane decides whether."""
+"""Ends of an attempt that another one from the newest checkpoint may outlive; a control plane decides whether.
+
+NoRoom is one, too, where there was room before: a lost node may take longer to come back than an attempt waits.
+"""
 
 
 def train(spec: JobSpec, listener: Listener | None = None) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _journalled(
         result.end("interrupted", "interrupted by the user" if by is None else "the driver was told to end")
         raise
     except BaseException as error:
-        again = by is not None and isinstance(error, RECOVERABLE)
+        again = by is not None and (isinstance(error, RECOVERABLE) or (number > 1 and isinstance(error, NoRoom)))
         result.end("interrupted" if again else "failed", f"{type(error).__name__}: {error}")
         raise
     else:

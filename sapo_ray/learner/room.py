@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from sapo_ray.config.spec import JobSpec
 from sapo_ray.diagnosis.causes import CLUSTER
 from sapo_ray.diagnosis.vitals import Activity
-from sapo_ray.errors import ResourceError
+from sapo_ray.errors import NoRoom, ResourceError
 from sapo_ray.learner.reports import RankInfo
 from sapo_ray.placement import label_selector, wants_gpus
 
@@ -30,7 +30,7 @@ class Room:
         """When the cluster was asked, while it has no room; Unix seconds."""
 
     async def take(self, end: float) -> None:
-        """Wait for the room, or keep what is held already. Raises ResourceError after `end` (monotonic)."""
+        """Wait for the room, or keep what is held already. Raises NoRoom after `end` (monotonic)."""
         self.gpu = wants_gpus(ray.cluster_resources().get("GPU", 0) > 0)
         bundle = {"CPU": 1.0, "GPU": self._gpu_share()} if self.gpu else {"CPU": 1.0}
         count, where = self._spec.learner.ranks, label_selector("learner")
@@ -45,7 +45,7 @@ class Room:
         if not placed:
             self.give_back()
             free = {key: amount for key, amount in ray.available_resources().items() if key in ("CPU", "GPU")}
-            raise ResourceError(
+            raise NoRoom(
                 f"no room for learner.ranks: {count} within deadlines.start_s "
                 f"({self._spec.deadlines.start_s:g} s): each asks for {bundle}, the cluster has {free} free; "
                 "add nodes, or lower learner.ranks or rollout.workers"

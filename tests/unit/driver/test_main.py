@@ -21,7 +21,7 @@ from sapo_ray.driver.attempt import Attempt
 from sapo_ray.driver.journal import Journal, read_journal
 from sapo_ray.driver.orders import Ended
 from sapo_ray.driver.rundir import begin_attempt, hold, write_spec
-from sapo_ray.errors import Superseded, WorkerLost
+from sapo_ray.errors import NoRoom, Superseded, WorkerLost
 
 
 @pytest.fixture
@@ -214,6 +214,20 @@ def test_an_end_that_another_attempt_may_outlive_is_told_from_one_that_it_would_
     monkeypatch.setattr(runs, "train_and_export", trains)
     assert start(control, tmp_path) == drivers.FAILED
     assert ends(control) == [(state, f"{type(error).__name__}: {error}")]
+
+
+def test_a_learner_without_room_is_waited_for_by_further_attempts_but_not_by_the_first(
+    control: FakeControl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trains(*_: Any) -> Any:
+        raise NoRoom("no room for learner.ranks: 2")
+
+    monkeypatch.setattr(runs, "train_and_export", trains)
+    assert start(control, tmp_path) == drivers.FAILED
+    control.newest = 2
+    assert start(control, tmp_path, attempt=2) == drivers.FAILED
+    reason = "NoRoom: no room for learner.ranks: 2"
+    assert [ends(control, number) for number in (1, 2)] == [[("failed", reason)], [("interrupted", reason)]]
 
 
 def test_a_driver_superseded_while_it_trains_leaves_result_and_journal_to_the_next(

@@ -17,7 +17,7 @@ from sapo_ray.api.link import Orders
 from sapo_ray.driver.journal import read_journal
 from sapo_ray.driver.recovery import losses_before
 from sapo_ray.driver.tracking import open_trackers
-from sapo_ray.errors import DeadlineExceeded, Superseded, TrainingFailed, WorkerLost
+from sapo_ray.errors import DeadlineExceeded, NoRoom, Superseded, TrainingFailed, WorkerLost
 from sapo_ray.types import PolicyVersion, Prompt
 
 
@@ -162,6 +162,20 @@ def journal_of(path: Path, *events: tuple[int, str, dict[str, Any]]) -> Path:
 
 LOST = ("condition", {"condition": "LearnerLost", "reason": "r"})
 CLEARED = ("condition", {"condition": "LearnerLost", "cleared": True})
+
+
+async def test_a_learner_whose_node_does_not_come_back_leaves_the_run_to_another_attempt(tmp_path: Path) -> None:
+    lossy = bench(tmp_path, job(), ("train", 2))
+
+    async def no_room() -> None:
+        raise NoRoom("no room for learner.ranks: 2")
+
+    lossy.learner.restart = no_room  # type: ignore[method-assign]
+    with pytest.raises(WorkerLost, match="cannot be started again: no room"):
+        await lossy.attempt(1)
+    second = lossy.next_life()
+    await second.attempt(2)
+    assert sorted(second.rows.rows) == [2, 3]
 
 
 def test_restarts_are_counted_over_attempts_until_somebody_asked_for_one(tmp_path: Path) -> None:
