@@ -13,6 +13,7 @@ refuses everything else: a checkpoint from somebody else can hold wrong numbers,
 
 from __future__ import annotations
 
+import copyreg
 import json
 import os
 import pickle
@@ -40,6 +41,9 @@ SAFE_GLOBALS = (
     "deepspeed.utils.tensor_fragment:fragment_address",
 )
 """What DeepSpeed's own files hold beyond tensors and plain containers: three records of plain values."""
+ENUMS = ("deepspeed.runtime.zero.config:ZeroStageEnum",)
+"""Those of them that are enumerations. Python 3.11.2, which is Debian 12's, has their members pickled as a call of
+`getattr`, which no loader should allow: here they are pickled by their value, as other releases do."""
 UNWRITABLE = (OSError, RuntimeError)
 """What torch raises where a file cannot be written."""
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, pickle.UnpicklingError)
@@ -62,6 +66,7 @@ def save(engine: Any, folder: Path, place: Place, spec: JobSpec, progress: Progr
     other ranks would be left in a collective, and with them the weights.
     """
     refused: list[str] = []
+    _pickle_by_value()
 
     def attempt(write: Callable[[], Any]) -> None:
         try:
@@ -98,6 +103,12 @@ def load(engine: Any, folder: Path, place: Place, spec: JobSpec) -> Progress:
         raise CheckpointError(f"the learner checkpoint in {folder} is empty; choose an earlier checkpoint")
     _set_random_states(states)
     return Progress(steps=about["steps"], nonfinite_in_row=about["nonfinite_in_row"])
+
+
+def _pickle_by_value() -> None:
+    """In this process, from now on."""
+    for name in ENUMS:
+        copyreg.pickle(pkgutil.resolve_name(name), lambda member: (type(member), (member.value,)))
 
 
 @contextmanager

@@ -70,10 +70,16 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     assert (random.random(), np.random.randn(3).tolist(), torch.rand(3).tolist()) == expected
 
 
-def test_records_of_deepspeed_are_read_and_the_loader_is_restricted_for_the_load_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_in_python", ["this", "3.11.2"])
+def test_records_of_deepspeed_are_read_and_the_loader_is_restricted_for_the_load_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_in_python: str
+) -> None:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
+
+    if as_in_python == "3.11.2":
+        monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
 
     state = {
         "loss_scaler": LossScaler(scale=1.0),
