@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -432,8 +432,7 @@ async def test_closing_the_pool_leaves_no_process_even_of_a_worker_that_is_start
         while len(children) < 2:  # the starting actor, and its engine
             await asyncio.sleep(0.1)
             ours = {pid for worker in workers for pid in (worker.pid, *worker.engine_pids)}
-            found = [p for p in psutil.process_iter(["name", "cmdline"]) if _of_a_worker(p)]
-            children = {p.pid for p in found} - ours
+            children = await asyncio.to_thread(_of_workers) - ours  # the pool needs the loop to start one
     await cluster.pool.close()
     pids = {pid for worker in workers for pid in (worker.pid, *worker.engine_pids) if pid}
     assert len(pids) == 4
@@ -443,11 +442,12 @@ async def test_closing_the_pool_leaves_no_process_even_of_a_worker_that_is_start
             await asyncio.sleep(0.1)
 
 
-def _of_a_worker(process: psutil.Process) -> bool:
-    """Of this session's rollout actors: the actor itself, or an engine below it."""
-    try:
-        line = " ".join(process.cmdline())
-        session = {parent.pid for parent in process.parents()}
-    except psutil.Error:
-        return False
-    return os.getpid() in session and ("RolloutWorker" in line or "EngineCore" in line)
+def _of_workers() -> set[int]:
+    """This session's rollout actors, and the engines below them."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if "RolloutWorker" in line or "EngineCore" in line:
+                found.add(process.pid)
+    return found
