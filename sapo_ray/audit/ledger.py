@@ -60,8 +60,8 @@ class Ledger:
                 self._issue(line)
             case "graded":
                 self._grade(line)
-            case "reissued":
-                self._reissue(line)
+            case "reissued" if not line.data["delivered"] and (group := self._groups.get(str(line.data["group"]))):
+                group.graded = None  # if it was: what was graded of it went with its node
             case "dropped":
                 self._drop(line)
             case "consumed":
@@ -126,11 +126,6 @@ class Ledger:
         if group.graded is not None and group.graded.line > group.line:
             self._violated("I1 completions", f"{name} was graded twice", group.graded.line, line)
         group.graded = read_graded(line.number, line.data["completions"])
-
-    def _reissue(self, line: Line) -> None:
-        group = self._groups.get(str(line.data["group"]))
-        if group is not None and not line.data["delivered"]:  # also what was graded, if it was: lost with its node
-            group.graded = None
 
     def _drop(self, line: Line) -> None:
         name = str(line.data["group"])

@@ -185,15 +185,7 @@ class Driver:
 
     async def _begin(self, checkpoint: Path | None) -> Cut:
         """Initial or restored weights to all workers: nothing is issued under others."""
-        rollout = self._spec.rollout
-        self._journal.ledger(  # for whoever reads the journal alone
-            "bounds",
-            steps=self._spec.steps,
-            prompts=rollout.prompts_per_step,
-            group_size=rollout.group_size,
-            max_staleness=rollout.max_staleness,
-            keep=self._spec.checkpoint.keep,
-        )
+        self._recording.bounds()
         course = self._course
         try:
             cut = await self._cuts.go_back(checkpoint)
@@ -235,7 +227,9 @@ class Driver:
             try:
                 return batch, await self._train(batch)
             except PayloadLost:
-                if not await self._intake.ask_again(self._parts.payloads, batch):
+                async with self._course.bounded("looking for lost samples", self._spec.deadlines.batch_s):
+                    found = await self._intake.ask_again(self._parts.payloads, batch)
+                if not found:
                     raise
 
     # --- one step --------------------------------------------------------------------------------------------------

@@ -34,6 +34,18 @@ class Recording:
         self._beyond: set[str] = set()
         """Conditions of rates that stand."""
 
+    def bounds(self) -> None:
+        """What the ledger from here on must keep to, for whoever reads the journal alone."""
+        spec = self._attempt.spec
+        self._attempt.journal.ledger(
+            "bounds",
+            steps=spec.steps,
+            prompts=spec.rollout.prompts_per_step,
+            group_size=spec.rollout.group_size,
+            max_staleness=spec.rollout.max_staleness,
+            keep=spec.checkpoint.keep,
+        )
+
     async def step(self, batch: Batch, metrics: dict[str, float]) -> None:
         """The step that was taken last."""
         spec, journal, step = self._attempt.spec, self._attempt.journal, self._course.step

@@ -201,16 +201,14 @@ async def test_a_restart_counts_the_losses_of_earlier_attempts(tmp_path: Path) -
 
 async def test_seconds_of_earlier_attempts_outlive_a_learner_that_is_lost_while_it_loads(tmp_path: Path) -> None:
     first = bench(tmp_path, job(steps=4))
-    first.learner.fail_at = 3
+    first.learner.seconds, first.learner.fail_at = 0.5, 3
     with pytest.raises(WorkerLost):
         await first.attempt(1)
-    [kept] = tmp_path.glob("checkpoints/step-000002/driver.json")
-    before = json.loads(kept.read_text())["state"]["seconds"]["training"]
     second = first.next_life()
     second.learner.dies = [("load", 2)]
     outcome = await second.attempt(2)
     assert second.learner.restarts == 1
-    assert before < outcome.seconds["training"] < 2 * before + 10
+    assert 1.0 <= outcome.seconds["training"] < 2.0, "two slow steps, and two that take no time; none is counted twice"
 
 
 async def test_samples_of_an_abandoned_lineage_are_told_apart_by_their_version(tmp_path: Path) -> None:
