@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from postgres_server import NoServer, PostgresServer
+from postgres_server import PostgresServer, running
 
 _numbers = itertools.count(1)
 
@@ -16,15 +16,8 @@ _numbers = itertools.count(1)
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """One server for the session. Skips where there is none."""
-    try:
-        server = PostgresServer()
-    except NoServer as error:
-        pytest.skip(f"no PostgreSQL: {error}")
-    try:
-        server.start()
+    with running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture(scope="session")

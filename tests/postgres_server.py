@@ -9,9 +9,12 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+import pytest
 
 START_S = 60
 
@@ -22,6 +25,20 @@ class NoServer(Exception):
 
 class BrokenServer(Exception):
     """PostgreSQL is installed and does not run: tests that need it fail, or nobody would know that they did not run."""
+
+
+@contextmanager
+def running() -> Iterator[PostgresServer]:
+    """One that has begun, and is removed at the end. Skips the test where there is none."""
+    try:
+        server = PostgresServer()
+    except NoServer as error:
+        pytest.skip(f"no PostgreSQL: {error}")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
 
 
 class PostgresServer:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from api_server_stand_in import ADMIN, Kubernetes
-from chart_rendering import FEATURES, JOB, Object, environment, render, request_of
+from chart_rendering import JOB, Object, environment, request_of
 
 from sapo_ray.control.kube import KubeClusters
 from sapo_ray.control.launcher import LauncherUnavailable, NotStarted
@@ -17,15 +17,6 @@ from sapo_ray.control.settings import Settings, load_settings
 from sapo_ray.doctor.own_clusters import check_kubernetes
 
 OTHER = "job-" + "b" * 20
-
-
-@pytest.fixture
-def kube(tmp_path: Path) -> Iterator[Kubernetes]:
-    """With all that a release has installed."""
-    kube = Kubernetes(tmp_path)
-    kube.install(render(FEATURES["per_job"]))
-    yield kube
-    kube.close()
 
 
 def settings_of(kube: Kubernetes, folder: Path) -> Settings:

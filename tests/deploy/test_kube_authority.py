@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from api_server_stand_in import Kubernetes
-from chart_rendering import FEATURES, render
 
 from sapo_ray.control.kube import KubeClient
 from sapo_ray.control.launcher import LauncherUnavailable
 
 CONTROL = "demo-sapo-ray-control"
-
-
-@pytest.fixture
-def kube(tmp_path: Path) -> Iterator[Kubernetes]:
-    kube = Kubernetes(tmp_path)
-    kube.install(render(FEATURES["per_job"]))
-    yield kube
-    kube.close()
 
 
 def renew(account: Path, kube: Kubernetes) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from postgres_server import NoServer, PostgresServer
+from postgres_server import PostgresServer, running
 from sqlalchemy import exc, text
 from store_builders import count, new_job, started_job, step, submit, together
 
@@ -18,15 +18,8 @@ from sapo_ray.control.store import Store, StoreUnavailable, connections, engine,
 @pytest.fixture
 def own_postgres() -> Iterator[PostgresServer]:
     """A server that a test may stop."""
-    try:
-        server = PostgresServer()
-    except NoServer as error:
-        pytest.skip(f"no PostgreSQL: {error}")
-    try:
-        server.start()
+    with running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture
